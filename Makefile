@@ -1,0 +1,54 @@
+# Doors: demo | test | bench | wheel. Each sets itself up from an empty checkout and reuses what is there.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+DEPENDENCIES := $(VENV)/.dependencies
+BUILT := $(VENV)/.built
+TEST_MODULE := build/native-tests/.built
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+
+# A lane without tests (pytest's exit status 5) is no failure.
+pytest_lane = $(PYTHON) -m pytest python_tests -m $(1) || [ $$? -eq 5 ]
+
+.PHONY: setup demo test lint bench wheel
+.DELETE_ON_ERROR:
+
+setup: $(BUILT)
+
+$(PYTHON):
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed as python3")'
+	python3 -m venv $(VENV)
+
+$(DEPENDENCIES): requirements-dev.txt | $(PYTHON)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(BUILT): $(DEPENDENCIES) $(SOURCES)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+# The planner, ChaCha20 and the normals as Python functions; for tests and benches only, never shipped.
+$(TEST_MODULE): $(BUILT)
+	$(PYTHON) csrc/tests/native_internals.py
+	touch $@
+
+demo: $(BUILT)
+	$(PYTHON) -m dp_bitfit_kernels.cli demo
+
+lint: $(BUILT)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+test: lint $(TEST_MODULE)
+	$(PYTHON) -m pytest python_tests -m "not gpu and not interpreter and not mutation"
+	TRITON_INTERPRET=1 $(call pytest_lane,interpreter)
+	$(call pytest_lane,mutation)
+
+bench: $(TEST_MODULE)
+	$(PYTHON) -m pytest bench -s
+
+wheel: $(BUILT)
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist

@@ -1,0 +1,80 @@
+// Per-sample bias gradient: rows [B, p] = sum over T of grad [B, T, p], one visit to grad.
+#include "checks.h"
+#include "cpu/ops.h"
+#include "plan.h"
+
+namespace dpk {
+
+namespace {
+
+Type element_type(const Tensor& grad) {
+  switch (grad.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default:
+      STD_TORCH_CHECK(false, "dp_bitfit_kernels.bias_grad: grad must be float32, bfloat16 or float16, not ",
+                      dtype_name(grad.scalar_type()));
+  }
+}
+
+void check_grad(const Tensor& grad) {
+  STD_TORCH_CHECK(grad.is_cpu(), "dp_bitfit_kernels.bias_grad: grad must be on the CPU");
+  STD_TORCH_CHECK(grad.dim() == 3, "dp_bitfit_kernels.bias_grad: grad must be [B, T, p], not of ", grad.dim(),
+                  " dimensions");
+}
+
+// rows [B, p] with any row stride and column stride 1; grad [B, T, p] with any strides.
+void reduce(const Tensor& rows, const Tensor& grad, bool accumulate) {
+  const Type type = element_type(grad);
+  const int64_t batch = grad.size(0), steps = grad.size(1), features = grad.size(2);
+  if (batch == 0 || features == 0) return;
+  const int64_t stride_batch = grad.stride(0), stride_steps = grad.stride(1), stride_features = grad.stride(2);
+  const int64_t bytes = type == Type::float32 ? 4 : 2;
+  const BiasGradPlan plan = plan_bias_grad(batch, steps, features, stride_steps, stride_features, bytes);
+  const char* in = static_cast<const char*>(grad.const_data_ptr());
+  float* out = rows.mutable_data_ptr<float>();
+  const int64_t stride_rows = rows.stride(0);
+  const Kernels& loops = kernels();
+  const int kind = static_cast<int>(type);
+
+  torch::stable::parallel_for(0, batch * plan.tiles, plan.grain, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t sample = item / plan.tiles, column = item % plan.tiles * plan.tile;
+      const int64_t width = column + plan.tile <= features ? plan.tile : features - column;
+      const void* from = in + (sample * stride_batch + column * stride_features) * bytes;
+      float* to = out + sample * stride_rows + column;
+      switch (plan.layout) {
+        case Layout::features_last:
+          loops.features_last[kind](from, steps, stride_steps, width, to, accumulate);
+          break;
+        case Layout::channels_first:
+          loops.channels_first[kind](from, steps, stride_features, width, to, accumulate);
+          break;
+        case Layout::strided:
+          loops.strided[kind](from, steps, stride_steps, stride_features, width, to, accumulate);
+          break;
+      }
+    }
+  });
+}
+
+}  // namespace
+
+Tensor bias_grad(const Tensor& grad) {
+  check_grad(grad);
+  const int64_t sizes[] = {grad.size(0), grad.size(2)};
+  Tensor rows = torch::stable::new_empty(grad, {sizes, 2}, ScalarType::Float);
+  reduce(rows, grad, false);
+  return rows;
+}
+
+void bias_grad_(const Tensor& rows, const Tensor& grad) {
+  check_grad(grad);
+  check_rows("bias_grad_", rows);
+  DPK_CHECK("bias_grad_", rows.size(0) == grad.size(0) && rows.size(1) == grad.size(2), "rows [", rows.size(0), ", ",
+            rows.size(1), "] do not fit grad [", grad.size(0), ", ", grad.size(1), ", ", grad.size(2), "]");
+  reduce(rows, grad, true);
+}
+
+}  // namespace dpk

@@ -1,0 +1,74 @@
+// Norms and the rounded sum of clipped rows.
+
+// A square of a float32 is exact in float64. 16 lanes, whatever the width.
+double sum_of_squares(const float* in, int64_t count) {
+  constexpr int parts = kLanes / D;
+  vd sums[parts] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+    for (int i = 0; i < parts; ++i) {
+      const vd value = __builtin_convertvector(load<vfd>(in + c + i * D), vd);
+      sums[i] += value * value;
+    }
+  }
+  alignas(64) double lanes[kLanes];
+  for (int i = 0; i < parts; ++i) store(lanes + i * D, sums[i]);
+  for (int i = 0; c < count; ++c, ++i) lanes[i] += double(in[c]) * double(in[c]);
+  return tree_sum(lanes);
+}
+
+// Adding 1.5 * 2^52 to |x| < 2^51 rounds it to an integer, which then stands in the low bits of the sum.
+constexpr double kRounder = 0x1.8p52;
+constexpr double kRoundable = 0x1p51;
+
+// floor(x) as an integer, |x| < 2^51.
+DPK_INLINE vl floor_to_integer(vd x) {
+  const vd nearest = (x + kRounder) - kRounder;
+  const vl above = nearest > x;  // -1 where the nearest integer lies above x
+  return (as<vl>(vd(nearest + kRounder)) - as<vl>(splat(kRounder))) + above;
+}
+
+// As torch converts: what an int64 cannot hold becomes the smallest one.
+DPK_INLINE int64_t floor_to_integer(double x) {
+  const double floored = __builtin_floor(x);
+  return floored >= -0x1p63 && floored < 0x1p63 ? int64_t(floored) : INT64_MIN;
+}
+
+// Wraps instead of overflowing.
+DPK_INLINE void add_to(int64_t& total, int64_t value) { total = int64_t(uint64_t(total) + uint64_t(value)); }
+
+// The largest magnitude in a run of values; NaN is returned as something not below infinity.
+DPK_INLINE float largest(const float* in, int64_t count) {
+  vi high = {};
+  int64_t c = 0;
+  for (; c + W <= count; c += W) {
+    const vi magnitude = load<vi>(in + c) & 0x7fffffff;
+    high = magnitude > high ? magnitude : high;
+  }
+  int32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits = high[i] > bits ? high[i] : bits;
+  for (; c < count; ++c) {
+    int32_t last;
+    __builtin_memcpy(&last, in + c, 4);
+    last &= 0x7fffffff;
+    bits = last > bits ? last : bits;
+  }
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+void add_rounded(int64_t* total, const float* in, int64_t count, double factor) {
+  constexpr int64_t run = 512;  // its second reading comes from the first-level cache
+  for (int64_t start = 0; start < count; start += run) {
+    const int64_t end = count - start < run ? count : start + run;
+    int64_t c = start;
+    if (double(largest(in + start, end - start)) * __builtin_fabs(factor) < kRoundable - 1.0) {
+      for (; c + D <= end; c += D) {
+        const vd scaled = __builtin_convertvector(load<vfd>(in + c), vd) * factor;
+        store(total + c, vl(load<vl>(total + c) + floor_to_integer(vd(scaled + 0.5))));
+      }
+    }
+    for (; c < end; ++c) add_to(total[c], floor_to_integer(double(in[c]) * factor + 0.5));
+  }
+}

@@ -1,0 +1,47 @@
+// The table of loops that are compiled once for each vector width, and the choice among them.
+#pragma once
+
+#include <cstdint>
+
+namespace dpk {
+
+enum class Type : int { float32, bfloat16, float16 };
+constexpr int kTypes = 3;
+
+struct ChaChaInput {
+  uint32_t key[8];
+  uint32_t nonce[3];  // step (low, high), stream
+};
+
+struct Kernels {
+  const char* name;
+
+  // out[c] = (or += when accumulate) sum over t < steps of in[t * stride + c], c < width <= kMaxTile
+  void (*features_last[kTypes])(const void* in, int64_t steps, int64_t stride, int64_t width, float* out,
+                                bool accumulate);
+  // out[c] = (or +=) sum over t < steps of in[c * stride + t], c < width
+  void (*channels_first[kTypes])(const void* in, int64_t steps, int64_t stride, int64_t width, float* out,
+                                 bool accumulate);
+  // out[c] = (or +=) sum over t < steps of in[t * stride_steps + c * stride_features], c < width
+  void (*strided[kTypes])(const void* in, int64_t steps, int64_t stride_steps, int64_t stride_features, int64_t width,
+                          float* out, bool accumulate);
+
+  // sum of in[c]^2, c < count, in float64
+  double (*sum_of_squares)(const float* in, int64_t count);
+
+  // total[c] += floor(double(in[c]) * factor + 0.5), c < count
+  void (*add_rounded)(int64_t* total, const float* in, int64_t count, double factor);
+
+  // out[8 * i + w] = 64-bit word w of block first_block + i, i < blocks
+  void (*words)(uint64_t* out, const ChaChaInput& input, uint64_t first_block, int64_t blocks);
+  // out[8 * i + e] = standard normal e of block first_block + i, i < blocks
+  void (*normals)(double* out, const ChaChaInput& input, uint64_t first_block, int64_t blocks);
+};
+
+// Widest set of loops that this processor runs; fixed for the life of the process.
+const Kernels& kernels();
+
+// A set by name ("baseline", "avx2"), or nullptr where this build or processor lacks it.
+const Kernels* kernels_named(const char* name);
+
+}  // namespace dpk

@@ -1,0 +1,41 @@
+// Compiled once for each vector width (DPK_ISA names it). Includes nothing that emits shared inline functions: a copy
+// of one built for a wide processor must not be the one that a narrow processor runs.
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "plan.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace dpk {
+namespace DPK_ISA {
+namespace {
+
+#include "cpu/vector.h"
+
+#include "cpu/bias_grad_kernel.h"
+#include "cpu/clip_kernel.h"
+#include "cpu/chacha20.h"
+#include "cpu/normal.h"
+
+}  // namespace
+
+#define DPK_STRING(name) #name
+#define DPK_NAME(name) DPK_STRING(name)
+
+extern const Kernels table;
+const Kernels table = {
+    DPK_NAME(DPK_ISA),
+    {features_last<Float32>, features_last<BFloat16>, features_last<Float16>},
+    {channels_first<Float32>, channels_first<BFloat16>, channels_first<Float16>},
+    {strided<Float32>, strided<BFloat16>, strided<Float16>},
+    sum_of_squares,
+    add_rounded,
+    words,
+    normals,
+};
+
+}  // namespace DPK_ISA
+}  // namespace dpk

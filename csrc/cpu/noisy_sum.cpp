@@ -1,0 +1,78 @@
+// The release, (total + round(noise_std * z)) * scale with z from ChaCha20, and the key stream itself.
+#include <algorithm>
+#include <cmath>
+
+#include "checks.h"
+#include "cpu/ops.h"
+#include "plan.h"
+
+namespace dpk {
+
+namespace {
+
+constexpr int64_t kBlocks = 32;  // key-stream blocks made at once: 256 words
+
+// Calls use(words, first word's place in the output, how many) for consecutive pieces of words first ... first + count.
+template <class Number, class Make, class Use>
+void for_key_stream(int64_t first, int64_t count, Make make, Use use) {
+  const int64_t first_block = first / 8, end_block = (first + count + 7) / 8;
+  torch::stable::parallel_for(first_block, end_block, plan_grain(64 * 32), [&](int64_t begin, int64_t end) {
+    alignas(64) Number buffer[8 * kBlocks];
+    for (int64_t block = begin; block < end; block += kBlocks) {
+      const int64_t blocks = std::min(kBlocks, end - block);
+      make(buffer, static_cast<uint64_t>(block), blocks);
+      const int64_t left = std::max(first, 8 * block), right = std::min(first + count, 8 * (block + blocks));
+      use(buffer + (left - 8 * block), left - first, right - left);
+    }
+  });
+}
+
+}  // namespace
+
+Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64_t first, int64_t count) {
+  const ChaChaInput input = chacha_input("random_words", key, step, stream);
+  check_range("random_words", first, count);
+  Tensor result = torch::stable::new_empty(key, {&count, 1}, ScalarType::Long);
+  if (count == 0) return result;
+  int64_t* out = result.mutable_data_ptr<int64_t>();
+  const Kernels& loops = kernels();
+  for_key_stream<uint64_t>(
+      first, count,
+      [&](uint64_t* words, uint64_t block, int64_t blocks) { loops.words(words, input, block, blocks); },
+      [&](const uint64_t* words, int64_t at, int64_t pieces) {
+        for (int64_t i = 0; i < pieces; ++i) out[at + i] = static_cast<int64_t>(words[i]);
+      });
+  return result;
+}
+
+Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
+                 double noise_std, double scale) {
+  const ChaChaInput input = chacha_input("noisy_sum", key, step, stream);
+  check_contiguous("noisy_sum", "total", total, ScalarType::Long, 1);
+  int64_t count = total.numel();
+  check_range("noisy_sum", first, count);
+  // |z| <= 9.42, so that a rounded draw fits 64 bits.
+  DPK_CHECK("noisy_sum", noise_std >= 0.0 && noise_std < 0x1p59, "noise_std must be in [0, 2^59), not ", noise_std);
+  Tensor result = torch::stable::new_empty(total, {&count, 1}, ScalarType::Float);
+  if (count == 0) return result;
+  const int64_t* in = total.const_data_ptr<int64_t>();
+  float* out = result.mutable_data_ptr<float>();
+  if (noise_std == 0.0) {
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(static_cast<double>(in[i]) * scale);
+    return result;
+  }
+  const Kernels& loops = kernels();
+  for_key_stream<double>(
+      first, count,
+      [&](double* normals, uint64_t block, int64_t blocks) { loops.normals(normals, input, block, blocks); },
+      [&](const double* z, int64_t at, int64_t pieces) {
+        for (int64_t i = 0; i < pieces; ++i) {
+          const auto noise = static_cast<int64_t>(std::floor(noise_std * z[i] + 0.5));
+          const auto sum = static_cast<int64_t>(static_cast<uint64_t>(in[at + i]) + static_cast<uint64_t>(noise));
+          out[at + i] = static_cast<float>(static_cast<double>(sum) * scale);
+        }
+      });
+  return result;
+}
+
+}  // namespace dpk

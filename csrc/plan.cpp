@@ -1,0 +1,38 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace dpk {
+
+namespace {
+
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+Layout choose_layout(int64_t features, int64_t stride_steps, int64_t stride_features) {
+  if (stride_steps == 1 && (stride_features != 1 || features == 1)) return Layout::channels_first;
+  if (stride_features == 1) return Layout::features_last;
+  return Layout::strided;
+}
+
+}  // namespace
+
+int64_t plan_grain(int64_t item_bytes) {
+  return std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, item_bytes));
+}
+
+BiasGradPlan plan_bias_grad(int64_t batch, int64_t steps, int64_t features, int64_t stride_steps,
+                            int64_t stride_features, int64_t item_bytes) {
+  BiasGradPlan plan{};
+  plan.layout = choose_layout(features, stride_steps, stride_features);
+  // A lone sample is cut in columns, so that a second thread has work; whole cache lines of 16 columns.
+  int64_t tile = std::min(features, kMaxTile);
+  if (batch == 1 && features > 16 && steps * features * item_bytes > 2 * kBytesPerThread) {
+    tile = std::min(tile, divide_up(divide_up(features, 2), 16) * 16);
+  }
+  plan.tile = std::max<int64_t>(1, tile);
+  plan.tiles = divide_up(features, plan.tile);
+  plan.grain = plan_grain(steps * plan.tile * item_bytes);
+  return plan;
+}
+
+}  // namespace dpk

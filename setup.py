@@ -1,0 +1,40 @@
+"""Calls CMake for the compiled modules; everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+SCRIPTS = str(Path(sys.executable).parent)  # the environment's own cmake and ninja, activated or not
+
+
+class CMakeBuild(build_ext):
+    """Builds every extension through CMakeLists.txt; without a compiler the install is pure Python."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        cmake = shutil.which("cmake", path=SCRIPTS) or shutil.which("cmake")
+        ninja = shutil.which("ninja", path=SCRIPTS) or shutil.which("ninja")
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+        build = ROOT / "build" / ("cmake-ninja" if ninja else "cmake")
+        try:
+            if cmake is None:
+                raise FileNotFoundError("cmake was not found")
+            options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DDP_BITFIT_OUTPUT_DIRECTORY={target.parent}"]
+            subprocess.run([cmake, "-S", ROOT, "-B", build, *generator, *options], check=True)
+            subprocess.run([cmake, "--build", build, "--target", target.name.split(".")[0], "--parallel"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.warn(f"{ext.name} is left out, the PyTorch and Triton backends serve instead: {error}")
+
+
+setup(
+    ext_modules=[Extension("dp_bitfit_kernels._C", sources=[], py_limited_api=True, optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
