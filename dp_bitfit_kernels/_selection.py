@@ -1,0 +1,145 @@
+"""Which parameters are biases, and which of them the user's patterns choose. Names only; nothing is changed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from ._validate import ConversionError
+from .report import NOT_A_BIAS
+
+TABLE = "attention/relative-position table, not a bias"
+LOGIT = "logit scalar, not a bias"
+ROUTER = "router correction that no gradient trains, not a bias"
+OMITTED = "not matched by biases"
+EXCLUDED = "excluded by biases"
+
+_BIAS = re.compile(r"bias|.*_bias|bias_.*")
+# Added to attention logits or indexed by position, hence no bias of features (Swin, LeViT, XLNet, Transformer-XL, ...).
+_TABLE = re.compile(
+    r".*bias_table|attention_biases|attn(?:ention)?_bias|relative_.*bias.*|rel_.*bias.*|(?:pos|position)_bias.*|r_[a-z]_bias"
+)
+_ROUTER = re.compile(r"e_score_correction_bias|expert_bias")
+
+
+def what_is(owners: Sequence[tuple[nn.Module, str]]) -> str | None:
+    """None for a bias, else why the parameter is none. A tied parameter is a bias if one of its owners says so."""
+    verdicts = [_own_name(module, own) for module, own in owners]
+    return None if None in verdicts else verdicts[0]
+
+
+def _own_name(module: nn.Module, own: str) -> str | None:
+    if _TABLE.fullmatch(own):
+        return TABLE
+    if own in ("bias_u", "bias_v") and {"bias_u", "bias_v"} <= module._parameters.keys():
+        return TABLE  # content and position bias of a Conformer; bias_v alone with bias_k belongs to MultiheadAttention
+    if own == "logit_bias":
+        return LOGIT
+    if _ROUTER.fullmatch(own):
+        return ROUTER
+    return None if _BIAS.fullmatch(own) else NOT_A_BIAS
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasRule:
+    """The `biases` argument: patterns that select and patterns that exclude."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    everything: bool  # every true bias that is not excluded
+
+    def reason(self, names: Sequence[str], not_bias: str | None) -> str | None:
+        """Why a parameter of these names is frozen; None if it is selected. `not_bias`: as `what_is` says."""
+        if _any_match(self.exclude, names):
+            return not_bias or EXCLUDED
+        if not_bias is not None:
+            named = any(_spells_out(pattern, name) for pattern in self.include for name in names)
+            return None if named else not_bias
+        return None if self.everything or _any_match(self.include, names) else OMITTED
+
+    def check(self, names: Sequence[str], biases: Sequence[str]) -> None:
+        """Refuse a pattern that does nothing, with the names that come near it."""
+        for pattern in self.exclude:
+            if not _any_match([pattern], names):
+                raise ConversionError(f"biases: {'!' + pattern!r} matches no parameter{_near(pattern, names)}")
+        for pattern in self.include:
+            matched = fnmatch_all(pattern, names)
+            if not matched:
+                raise ConversionError(f"biases: {pattern!r} matches no parameter{_near(pattern, biases or names)}")
+            if not set(matched) & set(biases) and not any(_spells_out(pattern, name) for name in matched):
+                raise ConversionError(
+                    f"biases: {pattern!r} matches {len(matched)} parameters, none of them a bias, such as "
+                    f"{matched[0]!r}; end the pattern in the parameter's own name to train one all the same"
+                )
+
+    def spelled(self) -> str:
+        """The argument as a user would write it inside a tuple, without the brackets."""
+        patterns = (["*"] if self.everything else list(self.include)) + [f"!{pattern}" for pattern in self.exclude]
+        return ", ".join(f'"{pattern}"' for pattern in patterns)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleRule:
+    """The `train_modules` argument."""
+
+    patterns: tuple[str, ...]
+
+    def covers(self, name: str) -> bool:
+        """True if the module, or one that contains it, is matched."""
+        parts = name.split(".")
+        above = [".".join(parts[:length]) for length in range(len(parts) + 1)]
+        return any(_any_match(self.patterns, [prefix]) for prefix in above)
+
+    def check(self, names: Sequence[str]) -> None:
+        for pattern in self.patterns:
+            if not _any_match([pattern], names):
+                raise ConversionError(f"train_modules: {pattern!r} matches no module{_near(pattern, names)}")
+
+
+def bias_rule(biases: str | Sequence[str]) -> BiasRule:
+    if biases == "informative":
+        raise ConversionError('biases="informative" is not available in this version: use "all" or patterns')
+    if biases == "all":
+        return BiasRule((), (), everything=True)
+    patterns = _patterns("biases", biases)
+    include = tuple(pattern for pattern in patterns if not pattern.startswith("!"))
+    exclude = tuple(pattern[1:] for pattern in patterns if pattern.startswith("!"))
+    return BiasRule(include, exclude, everything=bool(exclude) and not include)
+
+
+def module_rule(train_modules: str | Sequence[str]) -> ModuleRule:
+    return ModuleRule(_patterns("train_modules", train_modules))
+
+
+def fnmatch_all(pattern: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def _patterns(argument: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, (tuple, list, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
+        raise ConversionError(f"{argument} must be a pattern or a tuple of patterns, not {value!r}")
+    if "" in patterns or "!" in patterns:
+        raise ConversionError(f"{argument} holds an empty pattern")
+    return tuple(patterns)
+
+
+def _any_match(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def _spells_out(pattern: str, name: str) -> bool:
+    """True if the pattern matches and ends in the parameter's own name, so that it cannot have matched by accident."""
+    own = name.rsplit(".", 1)[-1]
+    return pattern.endswith(own) and fnmatch.fnmatchcase(name, pattern)
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    plain = re.sub(r"[*?\[\]!]", "", pattern)
+    near = difflib.get_close_matches(plain, list(dict.fromkeys(names)), n=3, cutoff=0.4)
+    return f"; near it: {', '.join(near)}" if near else ""

@@ -1,0 +1,142 @@
+"""The modules and parameters of a model, each object once with all its names, and which modules a batch reaches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import layers
+from ._selection import what_is
+
+# These read their children's parameters themselves, so the children's forward, and with it ours, never runs.
+_USES_CHILDREN_AS_FUNCTIONS = (nn.MultiheadAttention,)
+
+
+@dataclasses.dataclass
+class Site:
+    """One module object under all its names."""
+
+    module: nn.Module
+    names: list[str]
+    kind: layers.LayerKind | None
+    obstacle: str  # why it cannot be converted; empty if it can
+
+    def gives(self, own: str, whole: bool = False) -> bool:
+        if self.kind is None or self.obstacle:
+            return False
+        return own in (self.kind.whole_names if whole else (*self.kind.bias_names, *self.kind.whole_names))
+
+    @property
+    def biased(self) -> bool:
+        """True if it owns a bias that it can train."""
+        return any(self.module._parameters.get(own) is not None and self.gives(own) for own in self.bias_names)
+
+    @property
+    def bias_names(self) -> tuple[str, ...]:
+        return self.kind.bias_names if self.kind is not None else ()
+
+
+@dataclasses.dataclass
+class Slot:
+    """One parameter object under all its names, in the order of named_parameters."""
+
+    parameter: nn.Parameter
+    names: list[str]
+    owners: list[tuple[Site, str]]  # (owner, own name); each owner once
+
+    @property
+    def not_bias(self) -> str | None:
+        """None if it is a bias, else why not."""
+        return what_is([(site.module, own) for site, own in self.owners])
+
+
+def survey(model: nn.Module) -> tuple[list[Site], list[Slot]]:
+    """All modules and all parameters, each object once, with all names."""
+    sites: dict[int, Site] = {}
+    tensors: dict[int, Slot] = {}
+    functional = {
+        id(child)
+        for parent in model.modules()
+        if isinstance(parent, _USES_CHILDREN_AS_FUNCTIONS)
+        for child in parent.modules()
+        if child is not parent
+    }
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in sites:
+            kind = layers.lookup(module)
+            sites[id(module)] = Site(module, [], kind, _obstacle(module, kind, id(module) in functional))
+        site = sites[id(module)]
+        site.names.append(module_name)
+        for own, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            tensor = tensors.setdefault(id(parameter), Slot(parameter, [], []))
+            tensor.names.append(f"{module_name}.{own}" if module_name else own)
+            if not any(owner is site and name == own for owner, name in tensor.owners):
+                tensor.owners.append((site, own))
+    return list(sites.values()), list(tensors.values())
+
+
+def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool) -> str:
+    if functional:
+        return "its parameters are used by the MultiheadAttention around it, which never calls it"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "it is parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
+    if kind is not None:
+        return kind.problem(module) or ""
+    for base in type(module).__mro__[1:]:
+        if layers.base.kind_of_class(base) is not None:
+            return f"a subclass of {base.__name__} with its own forward"
+    return "no per-sample gradient is known for this class"
+
+
+def called_modules(model: nn.Module, sample_batch: Any, sites: list[Site]) -> set[int]:
+    """ids of the convertible modules that one forward of `sample_batch` calls."""
+    called: set[int] = set()
+
+    def seen(module: nn.Module, inputs: Any) -> None:
+        called.add(id(module))
+
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    hooks = [site.module.register_forward_pre_hook(seen) for site in sites if site.kind is not None]
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(cuda), _no_fast_path():
+            model.eval()
+            if isinstance(sample_batch, Mapping):
+                model(**sample_batch)
+            elif isinstance(sample_batch, (tuple, list)):
+                model(*sample_batch)
+            else:
+                model(sample_batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
+    return called
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """In eval mode TransformerEncoderLayer would use its children's parameters without calling them."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
