@@ -6,6 +6,7 @@ import json
 import math
 import os
 import warnings
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,13 @@ class History:
         if os.getpid() != self._pid:
             self._start_run()
         segment = Segment(self._run, self._next, 1, noise_multiplier, sample_rate)
+        self._next += 1  # first: a number is never used twice, even if writing it fails half-way
         if self._file is not None:
             self._file.append([segment])
-        self._next += 1
         self._append(segment)
 
     def merge(self, other: Iterable[Segment]) -> None:
-        """Add the releases of `other` that are not here yet. A release is known by its run and its number in the run."""
+        """Add the releases of `other` that are not here yet. A release is known by its run and its number there."""
         new = _missing(self._segments, list(other))
         if not new:
             return
@@ -168,7 +169,7 @@ class _HistoryFile:
         except BlockingIOError as error:
             self.close()
             raise EngineError(
-                f"history file {path} is in use by another engine or process: close that one first, or give each its own"
+                f"history file {path} is in use by another engine or process: close that one, or give each its own"
             ) from error
         except OSError as error:
             self.close()
@@ -238,10 +239,16 @@ class _HistoryFile:
         if self._fd < 0:
             raise EngineError(f"history file {self.path} is closed: no release can be recorded")
         data = "".join(line + "\n" for line in lines).encode()
-        written = os.write(self._fd, data)  # one call: lines of a forked process cannot fall into the middle
-        if written != len(data):
-            raise CheckpointError(f"history file {self.path}: only {written} of {len(data)} bytes could be written")
-        os.fsync(self._fd)
+        try:
+            while data:  # all in one call as a rule, so that lines of a forked process cannot fall into the middle
+                data = data[os.write(self._fd, data) :]
+            os.fsync(self._fd)
+        except OSError as error:
+            self.close()  # the last line may be torn now: nothing may follow it
+            raise CheckpointError(
+                f"history file {self.path} cannot be written ({error.strerror}): nothing more can be released; "
+                "make room and open it anew"
+            ) from error
 
     def close(self) -> None:
         fd, self._fd = getattr(self, "_fd", -1), -1
@@ -289,31 +296,40 @@ def _missing(known: list[Segment], others: list[Segment]) -> list[Segment]:
 
     One release recorded with two different parameters is damage, and refused.
     """
-    by_run: dict[str, list[Segment]] = {}
-    for segment in known:
+    by_run: dict[str, list[Segment]] = {}  # each list ascending and without overlaps
+    for segment in sorted(known, key=_first):
         by_run.setdefault(segment.run, []).append(segment)
     result: list[Segment] = []
     for other in others:
         have = by_run.setdefault(other.run, [])
-        end = other.first + other.count
-        position = other.first
+        start = position = other.first
+        end = start + other.count
+        index = max(0, bisect_right(have, start, key=_first) - 1)
         added = []
-        for segment in sorted(have, key=lambda s: s.first):
-            start, stop = max(segment.first, other.first), min(segment.first + segment.count, end)
-            if start >= stop:
+        while index < len(have) and have[index].first < end:
+            segment = have[index]
+            index += 1
+            stop = segment.first + segment.count
+            if stop <= start:
                 continue
             if (segment.noise_multiplier, segment.sample_rate) != (other.noise_multiplier, other.sample_rate):
                 raise CheckpointError(
-                    f"histories disagree on release {start} of run {other.run}: one of them is damaged or forged"
+                    f"histories disagree on release {max(start, segment.first)} of run {other.run}: "
+                    "one of them is damaged or forged"
                 )
-            if start > position:
-                added.append(_part(other, position, start))
+            if segment.first > position:
+                added.append(_part(other, position, segment.first))
             position = max(position, stop)
         if position < end:
             added.append(_part(other, position, end))
-        have.extend(added)
+        for part in added:
+            insort(have, part, key=_first)
         result.extend(added)
     return result
+
+
+def _first(segment: Segment) -> int:
+    return segment.first
 
 
 def _part(segment: Segment, start: int, stop: int) -> Segment:

@@ -38,11 +38,13 @@ Groups = tuple[tuple[float, float, int], ...]
 _DISCRETISATION = 1e-3  # of the privacy loss, unless the losses of one step are too small or too many for it
 _FINEST = 1e-6
 _POINTS_BUILT = 60_000  # grid points of all one-step distributions together; each costs about 10 microseconds
+_POINTS_EACH = 1500  # with many of them, at least so many each
 _POINTS_COMPOSED = 1 << 20
 _EXACT_GROUPS = 32  # up to so many different (noise, rate) pairs are composed as they are
 _FFT_ERROR = 1e-15  # bound on the probability that one convolution misplaces through rounding
 _RDP_ERROR = 1e-12  # bound on what a Renyi divergence of one step loses by rounding and cut series
-_FEW_ORDERS = (1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, *range(4, 13), 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 256)
+_MERGE_RATIO = 1.03  # beyond that, noise is rounded down to powers of this
+_FEW_ORDERS = (1.5, 2, 2.5, *range(3, 13), 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 256)
 
 
 class Accountant:
@@ -96,8 +98,8 @@ def calibrate_noise_multiplier(
         high *= 1.5
         if high > 1e7:
             raise AccountingError(
-                f"target_epsilon={target_epsilon} at target_delta={target_delta} cannot be met with {steps} steps at "
-                f"sample_rate={sample_rate}: raise target_epsilon or target_delta, or take fewer steps or smaller batches"
+                f"target_epsilon={target_epsilon} at target_delta={target_delta} cannot be met with {steps} "
+                f"steps at sample_rate={sample_rate}: raise them, or take fewer steps or smaller batches"
             )
     while high > 0.05 and epsilon(high / 1.1, rough=True) <= target_epsilon:
         high /= 1.1
@@ -114,7 +116,7 @@ def calibrate_noise_multiplier(
 
 
 def _narrow(epsilon: Any, target: float, low: tuple[float, float], high: tuple[float, float]) -> float:
-    """Close the bracket (sigma, epsilon) low < high around the target; returns its upper end, which meets the target."""
+    """Close the bracket (sigma, epsilon) low < high around the target; returns its upper end, which meets it."""
     upward = True
     while high[0] / low[0] > 1.0005:
         middle = math.sqrt(low[0] * high[0])
@@ -165,7 +167,7 @@ def _epsilon(kind: str, groups: Groups, delta: float) -> float:
 
 
 def _merge_nearly_equal(groups: Groups) -> Groups:
-    """With very many different pairs (a noise scheduler), round the noise down (and rates up) to steps of 1 %.
+    """With very many different pairs (a noise scheduler), round the noise down (and rates up) to steps of 3 %.
 
     Less noise or a higher rate can only cost more, so the result stays an upper bound.
     """
@@ -174,8 +176,8 @@ def _merge_nearly_equal(groups: Groups) -> Groups:
     many_rates = len({q for _, q, _ in groups}) > 4
     counts: dict[tuple[float, float], int] = {}
     for sigma, q, n in groups:
-        lower = min(sigma, 1.01 ** math.floor(math.log(sigma, 1.01)))
-        upper = min(1.0, max(q, 1.01 ** math.ceil(math.log(q, 1.01)))) if many_rates else q
+        lower = min(sigma, _MERGE_RATIO ** math.floor(math.log(sigma, _MERGE_RATIO)))
+        upper = min(1.0, max(q, _MERGE_RATIO ** math.ceil(math.log(q, _MERGE_RATIO)))) if many_rates else q
         counts[lower, upper] = counts.get((lower, upper), 0) + n
     return tuple((sigma, q, n) for (sigma, q), n in sorted(counts.items()))
 
@@ -207,7 +209,8 @@ def _pld_epsilon(groups: Groups, delta: float) -> float:
     if rounding > 0.1 * delta:
         return _rdp_epsilon(groups, delta)
     with _quiet():
-        parts = [_one_step(sigma, q, interval).self_compose(n) for sigma, q, n in groups]
+        compose = _steps if len(groups) > 1 else _steps.__wrapped__  # a lone group is never asked for twice
+        parts = [compose(sigma, q, n, interval) for sigma, q, n in groups]
         while len(parts) > 1:  # a balanced tree: partners of similar size
             parts = [
                 parts[i].compose(parts[i + 1]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)
@@ -217,23 +220,24 @@ def _pld_epsilon(groups: Groups, delta: float) -> float:
 
 
 def _discretisation(groups: Groups) -> tuple[float, bool]:
-    """Grid spacing of the privacy loss, and whether it is as fine as the losses deserve.
+    """Grid spacing of the privacy loss, and whether it is fine enough for epsilon to be tight.
 
-    Losses are rounded to the grid such that epsilon can only grow; a spacing of a quarter of a step's root mean square
-    loss makes it grow by less than about 1 %.
+    Losses are moved to the grid such that epsilon can only grow: by less than about 1 % where the spacing is a quarter
+    of a step's root mean square loss, by some 15 % where it equals it, without limit above that.
     """
     steps = sum(n for _, _, n in groups)
     squares = sum(n * _mean_square_loss(sigma, q) for sigma, q, n in groups)
-    wanted = min(_DISCRETISATION, math.sqrt(squares / steps) / 4)
+    typical = math.sqrt(squares / steps)
+    wanted = min(_DISCRETISATION, typical / 4)
     ranges = [_loss_range(sigma, q) for sigma, q, _ in groups]
     total = squares + 16 * math.sqrt(squares) + max(ranges)
-    least = max(sum(ranges) / _POINTS_BUILT, total / _POINTS_COMPOSED, _FINEST)
+    least = max(sum(ranges) / max(_POINTS_BUILT, _POINTS_EACH * len(groups)), total / _POINTS_COMPOSED, _FINEST)
     # Powers of two, so that the spacing (and with it the caches) changes rarely as steps are added.
     exponent = math.floor(math.log2(wanted / _DISCRETISATION))
     if _DISCRETISATION * 2.0**exponent < least:
         exponent = math.ceil(math.log2(least / _DISCRETISATION))
     interval = _DISCRETISATION * 2.0**exponent
-    return interval, interval <= 2 * wanted
+    return interval, interval <= typical
 
 
 def _mean_square_loss(sigma: float, q: float) -> float:
@@ -251,7 +255,22 @@ def _loss_range(sigma: float, q: float) -> float:
     return upper + min(upper, -math.log1p(-q))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
+def _steps(sigma: float, q: float, count: int, interval: float) -> Any:
+    pld = _one_step(sigma, q, interval)
+    if count > 16:
+        return pld.self_compose(count)
+    result = None  # self_compose first spends 80 passes on bounding the result; by squaring, few steps cost less
+    while True:
+        if count & 1:
+            result = pld if result is None else result.compose(pld)
+        count >>= 1
+        if not count:
+            return result
+        pld = pld.compose(pld)
+
+
+@lru_cache(maxsize=128)
 def _one_step(sigma: float, q: float, interval: float) -> Any:
     pld = _dp_accounting().pld.privacy_loss_distribution
     return pld.from_gaussian_mechanism(
@@ -281,7 +300,9 @@ def _rdp_of_step(sigma: float, q: float, orders: tuple[float, ...]) -> np.ndarra
     library = _dp_accounting()
     accountant = library.rdp.RdpAccountant(orders)
     accountant.compose(library.PoissonSampledDpEvent(q, library.GaussianDpEvent(sigma)))
-    return np.maximum(accountant._rdp, 0.0)  # no public accessor; a missing attribute fails loudly
+    return np.maximum(
+        np.asarray(accountant._rdp, dtype=np.float64), 0.0
+    )  # no public accessor; a missing attribute fails loudly
 
 
 @lru_cache(maxsize=1)

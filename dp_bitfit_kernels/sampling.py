@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -183,7 +184,7 @@ def split(indices: list[int], draw: int, limit: int | None, pad: bool) -> list[t
         chunks = [indices[k * limit : (k + 1) * limit] for k in range(parts)]
     else:  # balanced, so that no part is much smaller than the others
         edges = [len(indices) * k // parts for k in range(parts + 1)]
-        chunks = [indices[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        chunks = [indices[a:b] for a, b in pairwise(edges)]
     batches = []
     for part, chunk in enumerate(chunks):
         size = limit if pad else max(1, len(chunk))
