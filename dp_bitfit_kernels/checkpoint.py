@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import pickle
 import secrets
 import struct
 from collections import OrderedDict
@@ -151,7 +152,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged: {len(body)} bytes of content instead of {length}")
     if hashlib.sha256(body).digest() != digest:
         raise CheckpointError(f"{path}: damaged: its SHA-256 does not match")
-    payload: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    try:
+        payload: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: holds objects that are not plain data, which are never loaded") from error
     return payload
 
 
@@ -199,7 +203,7 @@ def _read_biases(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     data = _read(path)
     safetensors = _safetensors_torch()
     try:
-        tensors: dict[str, Tensor] = safetensors.load(data)
+        tensors: dict[str, Tensor] = dict(sorted(safetensors.load(data).items()))
         (length,) = struct.unpack_from("<Q", data)
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except (importlib.import_module("safetensors").SafetensorError, ValueError, struct.error) as error:

@@ -471,9 +471,9 @@ def test_a_model_of_24_layers_converts_in_under_half_a_second_without_copies() -
         for layer in model.layers:
             layer.self_attn = nn.ModuleList([nn.Linear(1024, 1024) for _ in range(4)])
     parameters = [(id(p), p.data_ptr()) for p in model.parameters()]
-    started = time.perf_counter()
+    started = time.process_time()
     convert_model(model)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert parameters == [(id(p), p.data_ptr()) for p in model.parameters()]
     assert len(conversion_report(model).trained) == 24 * 8
     accounted(model)
