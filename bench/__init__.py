@@ -1,0 +1,1 @@
+"""Benchmarks: never timed tests, always a correctness check first; see bench/README.md."""

@@ -1,0 +1,116 @@
+"""Interleaved timing: contenders take turns within one run, and only ratios of their medians are reported.
+
+A time in milliseconds says as much about the hour as about the code: another process, a hotter core or a different
+page cache moves it by tens of per cent. So every round lets every contender run once, in an order shuffled anew
+(seeded) so that no contender always follows the same neighbour's cache and allocator state, and the ratio of two
+contenders is taken between samples that were drawn side by side.
+
+The interval is a bootstrap over whole rounds: a round is drawn with all its samples, which keeps the pairing, and the
+2.5 % and 97.5 % quantiles of the resampled ratio of medians are given. An interval wider than the effect means that the
+machine was not quiet: say so instead of quoting the ratio.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+WARM_UP = 2
+BOOTSTRAP_DRAWS = 4000
+
+
+@dataclass
+class Samples:
+    """Seconds of every contender by round; NaN where a contender sat the round out."""
+
+    seconds: dict[str, np.ndarray]  # name -> float64 [rounds]
+    rounds: int
+    order: list[list[str]] = field(default_factory=list, repr=False)
+
+    def median(self, name: str) -> float:
+        return float(np.nanmedian(self.seconds[name]))
+
+    def spread(self, name: str) -> float:
+        """Interquartile range over the median: how restless the machine was while this contender ran."""
+        low, middle, high = np.nanpercentile(self.seconds[name], (25, 50, 75))
+        return float((high - low) / middle)
+
+    def ratio(self, name: str, baseline: str, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> Ratio:
+        """Ratio of medians over the rounds in which both ran, with its bootstrap interval (95 %)."""
+        both = ~(np.isnan(self.seconds[name]) | np.isnan(self.seconds[baseline]))
+        ours, theirs = self.seconds[name][both], self.seconds[baseline][both]
+        picks = np.random.default_rng(seed).integers(0, len(ours), size=(draws, len(ours)))
+        resampled = np.median(ours[picks], axis=1) / np.median(theirs[picks], axis=1)
+        low, high = np.quantile(resampled, (0.025, 0.975))
+        return Ratio(float(np.median(ours) / np.median(theirs)), float(low), float(high), int(both.sum()))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    value: float
+    low: float  # 2.5 % quantile of the bootstrap
+    high: float  # 97.5 % quantile of the bootstrap
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def to_json(self) -> dict[str, float | int]:
+        return {"value": self.value, "low": self.low, "high": self.high, "rounds": self.rounds}
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    every: Mapping[str, int] | None = None,
+    warm_up: int = WARM_UP,
+    budget_s: float | None = None,
+    seed: int = 0,
+) -> Samples:
+    """Time each contender once a round, in a freshly shuffled order.
+
+    every: name -> n runs that contender in each n-th round only (a slow rival need not cost the precision of the pair
+        that matters); its ratios then use those rounds.
+    budget_s: stop before the round that would pass this many seconds of wall time, never before 3 samples of each.
+    The garbage collector is run between rounds and held off inside them, as `timeit` does.
+    """
+    period = {name: (every or {}).get(name, 1) for name in contenders}
+    least = 2 * max(period.values()) + 1
+    shuffle = random.Random(seed)
+    for step in contenders.values():
+        for _ in range(warm_up):
+            step()
+
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order: list[list[str]] = []
+    begun = time.perf_counter()
+    was_enabled = gc.isenabled()
+    try:
+        for turn in range(max(rounds, least)):
+            elapsed = time.perf_counter() - begun
+            if budget_s is not None and turn >= least and elapsed * (turn + 1) / turn > budget_s:
+                break
+            present = [name for name in contenders if turn % period[name] == 0]
+            shuffle.shuffle(present)
+            gc.collect()
+            gc.disable()
+            taken = {name: _seconds(contenders[name]) for name in present}
+            for name in contenders:
+                seconds[name].append(taken.get(name, float("nan")))
+            order.append(present)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return Samples({name: np.asarray(values) for name, values in seconds.items()}, len(order), order)
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter_ns()
+    step()
+    return (time.perf_counter_ns() - start) * 1e-9
