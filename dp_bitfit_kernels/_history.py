@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dp_bitfit_kernels._validate import AccountingError, CheckpointError, EngineError
+from ._validate import AccountingError, CheckpointError, EngineError
 
 _HEADER = {"format": "dp_bitfit_kernels.history", "version": 1}
 

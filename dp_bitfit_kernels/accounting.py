@@ -22,8 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_bitfit_kernels._history import History, Segment, check_charge
-from dp_bitfit_kernels._validate import AccountingError
+from ._history import History, Segment, check_charge
+from ._validate import AccountingError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
 
-from dp_bitfit_kernels._validate import SamplingError
+from ._validate import SamplingError
 
 # words(step, first, count): `count` uniform 64-bit words of draw `step`, from index `first`, as int64 bit patterns.
 Words = Callable[[int, int, int], Tensor]
