@@ -132,7 +132,8 @@ def delta_slack(sigma: float, dimension: int, steps: int, epsilon: float = 8.0) 
 
     For 2^-12.4 <= r <= 5.5 a cell's probability changes by a factor within 1 +- x, and adding up its four edges
     x(r) <= s (2.83 * 2^-49 r + 4.3 * 2^-53 / r + 2.83 * 2^-64 e^(r^2 / 2) / r), the middle term a third of that next
-    to r = 0, so that x <= x_max = 2^-20 sigma and chi^2 = E x^2 <= 2^-93 s^2. Elsewhere count the probability tau that the two fall into different cells:
+    to r = 0, so that x <= x_max = 2^-20 sigma and chi^2 = E x^2 <= 2^-93 s^2. Elsewhere count the probability tau that
+    the two fall into different cells:
 
     * r < 2^-12.4: error (2) crosses an edge with probability <= 1.27 s 2^-54 * 2^-12.4 <= 0.25 * 2^-64 s.
     * r > 5.5, errors (1) and (2): E x <= 0.14 * 2^-64 s.
@@ -142,11 +143,11 @@ def delta_slack(sigma: float, dimension: int, steps: int, epsilon: float = 8.0) 
       strips in which (1) acts on a lattice, and beyond r2 by the mass exp(-r2^2 / 2) = 2^-64 s / r2 (which holds the
       cut at r = 9.42): <= 0.48 * 2^-64 s. A model with short words shows less than half of what this formula gives.
 
-    Together tau <= 2^-64 s for sigma <= 2^10 (above, 1 is returned): n tau is ``total_variation``. On the rest, the log ratio L of the implemented to the
-    ideal probability of a whole transcript (batches revealed, which can only help) has, for m x_max <= 1,
-    ln E e^((m - 1) L) <= m n tau + m^2 n chi^2 in either direction; hence P(L > a) <= delta_a = n tau / 1024 for the a
-    of ``epsilon_slack``. Going from the implemented to the ideal mechanism on D, over to D', and back again gives
-    delta_slack = (1 + e^(epsilon + 2 a)) (n tau + delta_a).
+    Together tau <= 2^-64 s for sigma <= 2^10 (above, 1 is returned); n tau is ``total_variation``. On the rest, the
+    log ratio L of the implemented to the ideal probability of a whole transcript (batches revealed, which can only
+    help) has, for m x_max <= 1, ln E e^((m - 1) L) <= m n tau + m^2 n chi^2 in either direction; hence
+    P(L > a) <= delta_a = n tau / 1024 for the a of ``epsilon_slack``. Going from the implemented to the ideal
+    mechanism on D, over to D', and back again gives delta_slack = (1 + e^(epsilon + 2 a)) (n tau + delta_a).
 
     The cut alone costs 2^-64 a pair; the rest of tau is the price of 64-bit words and falls with each further bit.
     """
