@@ -1,0 +1,85 @@
+"""Which implementation of the ops serves a device: one contract, three backends."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension, _ops, reference
+from ._validate import BackendError
+
+NAMES = ("auto", "reference", "native", "triton")
+
+# Fastest first, for each device type; the reference serves everything.
+_PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("native", "reference"),
+    "cuda": ("native", "triton", "reference"),
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The ops of one backend, all with the arguments of ``_ops.SCHEMAS``."""
+
+    name: str
+    bias_grad: Callable[[Tensor], Tensor]
+    bias_grad_: Callable[[Tensor, Tensor], None]
+    clip_factors: Callable[..., tuple[Tensor, Tensor]]
+    clipped_sum_: Callable[..., None]
+    noisy_sum: Callable[..., Tensor]
+    random_words: Callable[..., Tensor]
+
+
+def _from(name: str, source: Any) -> Backend:
+    return Backend(name, **{op: getattr(source, op) for op in _ops.SCHEMAS})
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot serve ``device_type``; None where it can."""
+    if name == "reference":
+        return None
+    if name == "native":
+        return _extension.native_available(device_type)
+    if device_type != "cuda" and device_type != "xpu":
+        return f"Triton kernels do not run on {device_type!r} tensors"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+@lru_cache(maxsize=None)
+def _backend(name: str) -> Backend:
+    if name == "reference":
+        return _from(name, reference)
+    if name == "native":
+        return _from(name, torch.ops.dp_bitfit_kernels)
+    return _from(name, importlib.import_module("dp_bitfit_kernels.kernels"))
+
+
+def select(name: str, device: torch.device | str) -> Backend:
+    """The backend ``name`` for ``device``; ``"auto"`` takes the fastest that is available.
+
+    Raises:
+        BackendError: unknown name, or a backend named outright that cannot serve the device.
+    """
+    if name not in NAMES:
+        raise BackendError(f"backend={name!r} is unknown: choose one of {', '.join(NAMES)}")
+    device_type = torch.device(device).type
+    return _select(name, device_type)
+
+
+@lru_cache(maxsize=None)
+def _select(name: str, device_type: str) -> Backend:
+    if name == "auto":
+        candidates = _PREFERENCE.get(device_type, ("reference",))
+        return _backend(next(c for c in candidates if unavailable(c, device_type) is None))
+    reason = unavailable(name, device_type)
+    if reason is not None:
+        raise BackendError(f"backend={name!r} cannot serve {device_type!r} tensors: {reason}; use backend='auto'")
+    return _backend(name)

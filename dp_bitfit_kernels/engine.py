@@ -1,0 +1,414 @@
+"""PrivacyEngine: turns a converted model, an optimizer and a data loader into a private training run."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from . import backends, checkpoint
+from ._validate import AccountingError, CheckpointError, EngineError, SamplingError
+from ._history import History
+from .accounting import Accountant, calibrate_noise_multiplier
+from .clipping import ClippingMethod, resolve
+from .ledger import Ledger, find_entries
+from .noise import STREAM_SAMPLER, KeySource
+from .optimizer import PrivateOptimizer, check_parameters
+from .sampling import DrawCounter, LoaderFacts, PrivateDataLoader, loader_facts
+from .session import Session
+
+_FORMAT = "dp-bitfit-checkpoint"
+
+
+class _ForwardHook:
+    """Tells the session of each forward of the model; a copy or pickle of the model is not private and does nothing."""
+
+    def __init__(self, session: Session | None):
+        self._session = ref(session) if session is not None else None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        session = self._session() if self._session is not None else None
+        if session is not None:
+            session.before_forward(args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ForwardHook, (None,)
+
+
+class PrivacyEngine:
+    """Differentially private training of the converted layers' parameters.
+
+    The release of one draw is the clipped sum of per-sample gradients plus Gaussian noise of standard deviation
+    ``noise_multiplier * max_grad_norm``, divided by the expected batch size (Abadi et al. 2016). Adjacency: one record
+    added or removed. What the mechanism guarantees is stated in ``ledger``, ``noise`` and ``session``.
+
+    Args:
+        accountant: ``"pld"`` (tight, default) or ``"rdp"``.
+        secure_mode: demands Poisson sampling in padded physical batches and refuses every ``unsafe_`` option.
+        history: path of an append-only history of charges, synced before each noise is drawn; an existing one goes on.
+        unsafe_deterministic_seed: replays noise and sampling; every privacy statement then says epsilon = inf.
+
+    Raises:
+        EngineError: ``secure_mode`` with an ``unsafe_`` option.
+        AccountingError: unknown accountant.
+    """
+
+    def __init__(
+        self,
+        *,
+        accountant: str = "pld",
+        secure_mode: bool = False,
+        history: str | None = None,
+        unsafe_deterministic_seed: int | None = None,
+    ):
+        if secure_mode and unsafe_deterministic_seed is not None:
+            raise EngineError("secure_mode=True refuses unsafe_deterministic_seed")
+        self.accountant = Accountant(accountant, path=history)
+        self.secure_mode = secure_mode
+        self._keys = KeySource(unsafe_deterministic_seed)
+        self._draws = DrawCounter()
+        self._session: Session | None = None
+        self._optimizer: PrivateOptimizer | None = None
+        self._loader: PrivateDataLoader | None = None
+        self._hook: Any = None
+        self._target_delta: float | None = None
+        self._public_size: int | None = None
+        self._clipping: ClippingMethod | None = None
+        self._earlier = self.accountant.history.total_steps
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        clipping: str | ClippingMethod = "flat",
+        loss_reduction: str = "mean",
+        loss_scale: float = 1.0,
+        poisson_sampling: bool = True,
+        sample_rate: float | None = None,
+        expected_batch_size: float | None = None,
+        max_physical_batch_size: int | None = None,
+        pad_physical_batches: bool | None = None,
+    ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any] | PrivateDataLoader]:
+        """Attach the engine.
+
+        Args:
+            module: a model after ``convert_model``.
+            optimizer: any torch.optim optimizer over its trained parameters.
+            data_loader: gives the data set, the batch size, the collation and the workers.
+            noise_multiplier: sigma; 0 adds no noise and makes epsilon infinite.
+            max_grad_norm: R, the bound on one sample's gradient over all trained elements.
+            clipping: ``"flat"``, ``"automatic"``, ``"per_layer"`` or an object of ``dpk.clipping``.
+            loss_reduction: how the loss reduces over the physical batch, ``"mean"`` or ``"sum"``.
+            loss_scale: static factor that the user multiplies the loss by (fp16); undone before clipping.
+            poisson_sampling: False returns the loader unchanged, and every step is charged at sample rate 1.
+            sample_rate: q; None takes batch_size / n, which makes n public (the privacy statement says so).
+            expected_batch_size: what the sum is divided by; None takes the loader's batch size.
+            max_physical_batch_size: draws are split into physical batches of at most so many rows.
+            pad_physical_batches: make every physical batch exactly that large, with masked repeats; None: in secure mode.
+
+        Returns:
+            (module, private optimizer, private loader).
+
+        Raises:
+            EngineError, OptimizerError, SamplingError, ClippingError, UnsupportedModuleError: naming the argument.
+        """
+        if self._session is not None:
+            raise EngineError("this engine is already in use: call detach() first, or make another engine")
+        if loss_reduction not in ("mean", "sum"):
+            raise EngineError(f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum'")
+        if not (math.isfinite(loss_scale) and loss_scale > 0):
+            raise EngineError(f"loss_scale={loss_scale!r} must be finite and > 0")
+        if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+            raise EngineError(f"noise_multiplier={noise_multiplier!r} must be finite and >= 0")
+        if isinstance(optimizer, PrivateOptimizer):
+            raise EngineError("the optimizer is private already: pass optimizer.original_optimizer")
+        pad = self.secure_mode if pad_physical_batches is None else pad_physical_batches
+        if self.secure_mode and not (poisson_sampling and pad and max_physical_batch_size):
+            raise EngineError(
+                "secure_mode=True needs poisson_sampling and padded physical batches: set max_physical_batch_size"
+            )
+        rate, steps, public = _plan_sampling(data_loader, sample_rate, poisson_sampling)
+        if expected_batch_size is None:
+            expected_batch_size = float(loader_facts(data_loader).batch_size)
+        if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
+            raise EngineError(f"expected_batch_size={expected_batch_size!r} must be finite and > 0")
+
+        entries = find_entries(module)
+        check_parameters(optimizer, module, entries)
+        method = resolve(clipping, max_grad_norm)
+        backend = backends.select(entries[0].layers[0][0].backend, entries[0].parameter.device)
+        plan = method.plan(_groups(entries))
+        loader: DataLoader[Any] | PrivateDataLoader = data_loader
+        if poisson_sampling:
+            loader = self._loader = PrivateDataLoader(
+                data_loader,
+                sample_rate=rate,
+                steps_per_epoch=steps,
+                max_physical_batch_size=max_physical_batch_size,
+                pad_physical_batches=pad,
+                words=self._sampler_words,
+                on_ticket=lambda ticket: self._running.on_ticket(ticket),
+                draw_counter=self._draws,
+            )
+        ledger = Ledger(module, entries, plan, backend)
+        ledger.privacy_statement = self.privacy_statement
+        self._session = Session(
+            module,
+            ledger,
+            self._keys,
+            self.accountant,
+            noise_multiplier=float(noise_multiplier),
+            sample_rate=rate,
+            expected_batch_size=expected_batch_size,
+            mean_reduction=loss_reduction == "mean",
+            loss_scale=loss_scale,
+        )
+        self._clipping, self._public_size = method, public
+        self._hook = module.register_forward_pre_hook(_ForwardHook(self._session), with_kwargs=True)
+        self._optimizer = PrivateOptimizer(optimizer, self._session, method.sensitivity)
+        if self._earlier:
+            warnings.warn(
+                f"the history already holds {self._earlier} charged steps: get_epsilon counts them, a target epsilon of "
+                "this call covers new steps only (on resume, load_checkpoint continues them)",
+                stacklevel=2,
+            )
+        return module, self._optimizer, loader
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        poisson_sampling: bool = True,
+        sample_rate: float | None = None,
+        **options: Any,
+    ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any] | PrivateDataLoader]:
+        """As :meth:`make_private`, with the noise calibrated so that ``epochs`` epochs spend at most ``target_epsilon``.
+
+        Raises:
+            AccountingError: the target cannot be met, or an argument is out of range.
+        """
+        if epochs < 1 or int(epochs) != epochs:
+            raise AccountingError(f"epochs={epochs!r} must be a whole number >= 1")
+        rate, per_epoch, public = _plan_sampling(data_loader, sample_rate, poisson_sampling)
+        _check_delta(target_delta, public)
+        steps = int(epochs) * per_epoch
+        sigma = calibrate_noise_multiplier(
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            sample_rate=rate,
+            steps=steps,
+            kind=self.accountant.kind,
+        )
+        private = self.make_private(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=sigma,
+            max_grad_norm=max_grad_norm,
+            poisson_sampling=poisson_sampling,
+            sample_rate=sample_rate,
+            **options,
+        )
+        self._running.planned_releases = steps
+        self._target_delta = target_delta
+        return private
+
+    @property
+    def _running(self) -> Session:
+        if self._session is None:
+            raise EngineError("the engine is not attached: call make_private first")
+        return self._session
+
+    def _sampler_words(self, draw: int, first: int, count: int) -> Tensor:
+        """64-bit words of draw number ``draw``: the engine's key, a stream of their own. -> [count] int64 on the CPU."""
+        step = torch.tensor([draw], dtype=torch.int64)
+        words = backends.select("auto", "cpu").random_words
+        return words(self._keys.key_tensor("cpu"), step, STREAM_SAMPLER, first, count)
+
+    @contextmanager
+    def batch(self, size: int) -> Iterator[None]:
+        """Declare the batch size of the training forwards inside: where inputs do not show it, and before compiled code.
+
+        Several forwards inside add to the same rows, so they must be of the same samples in the same order.
+        """
+        self._running.declare(size)
+        try:
+            yield
+        finally:
+            self._running.undeclare()
+
+    def get_epsilon(self, delta: float) -> float:
+        """Epsilon spent so far, add-or-remove-one, at ``delta``; inf where noise was 0 or the seed was given.
+
+        Raises:
+            AccountingError: ``delta`` outside (0, 1).
+        """
+        _check_delta(delta, self._public_size)
+        if self._keys.deterministic and self.accountant.history.total_steps:
+            return math.inf
+        return float(self.accountant.get_epsilon(delta))
+
+    def privacy_statement(self, delta: float | None = None) -> dict[str, Any]:
+        """What may be published about this run: plain values, JSON-ready."""
+        session, delta = self._running, delta if delta is not None else self._target_delta
+        assert self._clipping is not None
+        return {
+            "private": True,
+            "mechanism": "DP-SGD, Poisson-sampled Gaussian, rounded to an integer grid",
+            "adjacency": "add or remove one record",
+            "epsilon": None if delta is None else _json_number(self.get_epsilon(delta)),
+            "delta": delta,
+            "accountant": self.accountant.kind,
+            "clipping": self._clipping.name,
+            "max_grad_norm": self._clipping.sensitivity,
+            "expected_batch_size": session.expected_batch_size,
+            "public_dataset_size": self._public_size,
+            "secure_mode": self.secure_mode,
+            "unsafe_deterministic_seed": self._keys.deterministic,
+            "history": self.accountant.history.to_list(),
+        }
+
+    def detach(self) -> None:
+        """Give the model back to plain training; the accountant keeps its history."""
+        session = self._running
+        if session.ledger.dirty or session.draw is not None:
+            warnings.warn("detach() drops a draw that was not released", stacklevel=2)
+        self._hook.remove()
+        session.ledger.detach()
+        self._session = self._optimizer = self._loader = None
+        self._earlier = self.accountant.history.total_steps
+
+    def save_checkpoint(self, path: str, **objects: Any) -> None:
+        """Save what a resumed run needs: trained parameters, optimizer, counters, history; never a key or a row.
+
+        Args:
+            path: written atomically; an existing file stays intact until the new one is complete.
+            objects: more to keep: things with a ``state_dict`` (a scheduler), or plain values (an epoch number).
+
+        Raises:
+            EngineError: in the middle of a draw, whose unreleased sum may not be saved.
+        """
+        session = self._running
+        if session.draw is not None or session.ledger.dirty:
+            raise EngineError("save_checkpoint in the middle of a draw: save after optimizer.step() returned True")
+        assert self._optimizer is not None
+        extra = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
+        checkpoint.write_checkpoint(
+            path,
+            {
+                "format": _FORMAT,
+                "parameters": {e.name: e.parameter.detach().cpu() for e in session.ledger.entries},
+                "optimizer": self._optimizer.state_dict(),
+                "history": self.accountant.history.to_list(),
+                "noise_steps": session.noise_steps,
+                "noise_multiplier": session.noise_multiplier,
+                "draws": self._draws.value,
+                "releases": session.releases,
+                "objects": extra,
+            },
+        )
+
+    def load_checkpoint(self, path: str, **objects: Any) -> dict[str, Any]:
+        """Resume: call after the same make_private as before. The key is fresh; counters and history go on.
+
+        Args:
+            objects: things with ``load_state_dict`` that were saved under the same names.
+
+        Returns:
+            ``{"releases": ..., "epoch": ..., and the saved plain values}``. The private loader's next epoch has only the
+            draws that are left of the interrupted one.
+
+        Raises:
+            CheckpointError: damaged or foreign; nothing was changed.
+        """
+        session = self._running
+        assert self._optimizer is not None
+        data = checkpoint.read_checkpoint(path)
+        if data.get("format") != _FORMAT:
+            raise CheckpointError(f"{path!r} is not a checkpoint of a PrivacyEngine")
+        saved, entries = data["parameters"], session.ledger.entries
+        mine = {e.name: tuple(e.parameter.shape) for e in entries}
+        if {k: tuple(v.shape) for k, v in saved.items()} != mine:
+            raise CheckpointError(f"{path!r} holds other parameters than this model trains; nothing was changed")
+        unknown = [k for k in objects if k not in data["objects"]]
+        if unknown:
+            raise CheckpointError(f"{path!r} holds no state named {unknown[0]!r}; nothing was changed")
+        history = History.from_list(data["history"])
+        self._optimizer.load_state_dict(data["optimizer"])
+        for entry in entries:
+            entry.parameter.data.copy_(saved[entry.name])
+        self.accountant.history.merge(history.segments)
+        self._draws.advance_to(data["draws"])
+        session.continue_from(data["noise_steps"], data["releases"])
+        session.set_noise_multiplier(data["noise_multiplier"])
+        for name, target in objects.items():
+            target.load_state_dict(data["objects"][name])
+        per_epoch = len(self._loader) if self._loader is not None else 0
+        result = {k: v for k, v in data["objects"].items() if k not in objects}
+        result["releases"] = data["releases"]
+        if per_epoch and self._loader is not None:
+            result["epoch"], self._loader.skip_draws = divmod(data["releases"], per_epoch)
+        return result
+
+
+def _groups(entries: Any) -> list[tuple[str, int]]:
+    """(layer, elements) of neighbouring entries of one layer, in ledger order."""
+    groups: list[tuple[str, int]] = []
+    for entry in entries:
+        layer = entry.name.rpartition(".")[0] or entry.name
+        if groups and groups[-1][0] == layer:
+            groups[-1] = (layer, groups[-1][1] + entry.stop - entry.start)
+        else:
+            groups.append((layer, entry.stop - entry.start))
+    return groups
+
+
+def _plan_sampling(
+    loader: DataLoader[Any], sample_rate: float | None, poisson: bool
+) -> tuple[float, int, int | None]:
+    """(q that a step is charged at, releases an epoch, n where the privacy statement declares it public).
+
+    A given ``sample_rate`` decides both numbers alone: the length of the data set is then read only to sample from it.
+    """
+    if not poisson:
+        if sample_rate is not None:
+            raise SamplingError("sample_rate has no meaning with poisson_sampling=False: such steps are charged at 1")
+        return 1.0, loader_facts(loader).steps, None
+    if sample_rate is None:
+        facts: LoaderFacts = loader_facts(loader)
+        return facts.sample_rate, facts.steps, facts.n
+    if not 0 < sample_rate <= 1:
+        raise SamplingError(f"sample_rate={sample_rate!r} must lie in (0, 1]")
+    return float(sample_rate), max(1, math.ceil(Fraction(1) / Fraction(sample_rate).limit_denominator(10**9))), None
+
+
+def _check_delta(delta: float, size: int | None) -> None:
+    if not 0 < delta < 1:
+        raise AccountingError(f"delta={delta!r} must lie in (0, 1)")
+    if size is not None and delta >= 1 / size:
+        warnings.warn(
+            f"delta={delta:g} is not below 1/n = {1 / size:g}: publishing a random record would satisfy it", stacklevel=3
+        )
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else "inf"

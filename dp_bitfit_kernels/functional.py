@@ -1,0 +1,123 @@
+"""Autograd functions: an output is passed through, and its gradient also yields per-sample rows.
+
+The gradient of a bias needs nothing but the output gradient. So a layer computes its output with the
+bias detached, by the very operation that the original layer uses (outputs are bit-equal, and autograd
+keeps only what the input gradient needs), and hands it to :class:`BiasGradFunction`, which changes
+nothing in the forward and visits the output gradient once in the backward.
+
+Source: Bu et al., arXiv 2210.00036, equation (4): the per-sample bias gradient is the sum over T of
+the output gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from ._validate import EngineError
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def samples_by_position(grad: Tensor, width: int, channels_first: bool) -> Tensor:
+    """View an output gradient as [B, T, p], copying only where no view exists.
+
+    Args:
+        grad: [B, ..., p] (features last; the last dimensions multiply to ``width``) or [B, p, ...].
+        width: p, the number of elements of the bias.
+        channels_first: dimension 1 is the bias dimension, as in convolutions.
+    """
+    batch = grad.shape[0]
+    if not channels_first:
+        return grad.reshape(batch, -1, width)
+    if grad.dim() == 2:
+        return grad.unsqueeze(1)
+    if not grad.is_contiguous() and grad.stride(1) == 1:  # channels_last: features are last in memory
+        return grad.movedim(1, -1).reshape(batch, -1, width)
+    return grad.reshape(batch, width, -1).transpose(1, 2)
+
+
+def bias_grad(grad: Tensor, width: int, channels_first: bool = False, backend: str = "auto") -> Tensor:
+    """Per-sample bias gradient: [B, T..., p] or [B, p, T...] -> [B, p], summed over T in float32.
+
+    float64 gradients stay float64 (gradcheck). Inside ``torch.compile`` and where a graph of the
+    backward is wanted, the sum is the plain PyTorch one, which the compiler fuses with the operation before it.
+    """
+    view = samples_by_position(grad, width, channels_first)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return view.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32))
+    if grad.dtype not in _NATIVE_DTYPES:
+        return reference.bias_grad(view)
+    return backends.select(backend, grad.device).bias_grad(view)
+
+
+def weight_grad(grad: Tensor, inputs: Tensor) -> Tensor:
+    """Per-sample gradient of a Linear weight: grad [B, ..., p], inputs [B, ..., d] -> [B, p * d] float32."""
+    batch, width, depth = grad.shape[0], grad.shape[-1], inputs.shape[-1]
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    g = grad.reshape(batch, -1, width).to(dtype)
+    a = inputs.reshape(batch, -1, depth).to(dtype)
+    if g.shape[1] == 1:
+        return (g.transpose(1, 2) * a).reshape(batch, -1)
+    return torch.bmm(g.transpose(1, 2), a).reshape(batch, -1)
+
+
+def _refuse_graph() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise EngineError(
+            "backward(create_graph=True) is not possible on a private model: per-sample gradients "
+            "would leave the ledger; call backward() without create_graph"
+        )
+
+
+class BiasGradFunction(torch.autograd.Function):
+    """Identity on ``output``; the backward gives the bias its gradient, per sample where ``rows`` is given.
+
+    ``rows`` [B, p] float32 is a leaf whose value is never read; its ``grad`` is the layer's slice of the
+    ledger. Without it the bias gets its ordinary gradient, summed over the batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, bias: Tensor, rows: Tensor | None, channels_first: bool, backend: str
+    ) -> Tensor:
+        ctx.private = rows is not None
+        ctx.shape, ctx.dtype = bias.shape, bias.dtype
+        ctx.channels_first, ctx.backend = channels_first, backend
+        if torch.compiler.is_compiling():
+            return output.clone()  # a marked input cannot be traced; the compiler removes the copy
+        ctx.mark_dirty(output)  # the same tensor goes on: no copy, and in-place operations after it stay legal
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.private:
+            _refuse_graph()
+        rows = bias_grad(grad, ctx.shape.numel(), ctx.channels_first, ctx.backend)
+        if ctx.private:
+            return grad, None, rows, None, None
+        return grad, rows.sum(0).to(ctx.dtype).view(ctx.shape), None, None, None
+
+
+class WeightGradFunction(torch.autograd.Function):
+    """Identity on ``output`` of a Linear; the backward gives ``rows`` [B, p * d] the per-sample weight gradients.
+
+    This is the one place where an activation is kept: a head that is trained whole needs its input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs)
+        if torch.compiler.is_compiling():
+            return output.clone()
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_graph()
+        (inputs,) = ctx.saved_tensors
+        return grad, None, weight_grad(grad, inputs)

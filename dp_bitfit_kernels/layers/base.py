@@ -1,0 +1,186 @@
+"""What every converted layer shares: the tap on its output, the swap of its class, the registry of kinds.
+
+A layer is converted by giving the instance a subclass of its own class, so parameters, buffers, hooks,
+``isinstance`` and state_dict keys stay as they are; restoring gives it its class back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._validate import BatchLayoutError, ConversionError, EngineError
+from ..functional import BiasGradFunction
+
+# Everything that a conversion or an engine sets on an instance; removed by restore_layer, never copied or pickled
+# beyond the first two.
+_STATE = ("trained", "backend", "layer_name", "attachment", "bias_rows", "weight_rows")
+_KEPT = ("trained", "backend", "layer_name")
+
+
+class BiasLayer(nn.Module):
+    """Mixin in front of a layer's own class.
+
+    Attributes:
+        trained: names of the layer's own parameters that are trained.
+        backend: which backend serves the per-sample sum.
+        layer_name: the layer's name in the model, for messages.
+        attachment: the ledger of the engine that is attached, or None.
+        bias_rows, weight_rows: leaves [B, p] and [B, p * d] of the open batch, or None.
+    """
+
+    trained: frozenset[str] = frozenset()
+    backend: str = "auto"
+    layer_name: str = ""
+    attachment: Any = None
+    bias_rows: Tensor | None = None
+    weight_rows: Tensor | None = None
+
+    channels_first = False
+    converted_from: type[nn.Module]
+
+    def set_trained(self, names: frozenset[str]) -> None:
+        self.__dict__["trained"] = names
+
+    def plain_bias(self) -> Tensor | None:
+        """The bias as the operation sees it: cut from autograd where the tap delivers its gradient."""
+        bias: Tensor | None = getattr(self, "bias", None)
+        return bias.detach() if bias is not None and "bias" in self.trained else bias
+
+    def recording(self) -> bool:
+        """True while gradients of this forward are to be taken; refuses a private forward outside a batch."""
+        if not self.trained or not torch.is_grad_enabled():
+            return False
+        if self.attachment is not None and self.bias_rows is None and self.weight_rows is None:
+            raise EngineError(
+                f"layer {self.layer_name!r} of a private model ran a training forward outside a batch: call the "
+                "model itself on a batch of the private loader, or use `with engine.batch(B):`; "
+                "for evaluation use torch.no_grad()"
+            )
+        return True
+
+    def check_rows(self, output: Tensor) -> None:
+        """Refuse an output whose leading dimension is not the batch."""
+        rows = self.bias_rows if self.bias_rows is not None else self.weight_rows
+        if rows is not None and (output.dim() < 2 or output.shape[0] != rows.shape[0]):
+            raise BatchLayoutError(
+                f"layer {self.layer_name!r}: output of shape {tuple(output.shape)} does not have the batch "
+                f"({rows.shape[0]} samples) as its leading dimension; sequence-first, folded and flattened "
+                "layouts are not supported"
+            )
+
+    def tap(self, output: Tensor) -> Tensor:
+        """Pass ``output`` on; its gradient will also give the bias's rows (or, with no engine, its sum)."""
+        if "bias" not in self.trained or not self.recording():
+            return output
+        self.check_rows(output)
+        bias: Tensor = self.bias
+        if output.requires_grad and output.is_leaf:  # pragma: no cover - no operation returns a leaf
+            raise ConversionError(f"layer {self.layer_name!r} returned a leaf tensor")
+        return BiasGradFunction.apply(output, bias, self.bias_rows, self.channels_first, self.backend)  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Copies and pickles are unattached: per-sample gradients never travel with a model.
+        state = {k: v for k, v in self.__dict__.items() if k not in _STATE or k in _KEPT}
+        return _rebuild, (self.converted_from,), state
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    kind = kind_of_class(original)
+    if kind is None:
+        raise ConversionError(f"no layer kind is registered for {original.__name__}")
+    cls = converted_class(original, kind)
+    return cls.__new__(cls)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How one family of layers is converted.
+
+    Attributes:
+        name: for the report.
+        base: the class whose forward the mixin stands in for.
+        mixin: the forward with the tap.
+        bias_names: parameters whose per-sample gradients the kind gives.
+        whole_names: parameters it can train when its module is trained whole.
+        freezes_statistics: running statistics are used as they are, in training too.
+        methods: methods that the mixin's forward relies on; a subclass that overrides one is not of this kind.
+        problem: says why an instance cannot be converted, or returns None.
+    """
+
+    name: str
+    base: type[nn.Module]
+    mixin: type[BiasLayer]
+    bias_names: tuple[str, ...] = ("bias",)
+    whole_names: tuple[str, ...] = ("bias",)
+    freezes_statistics: bool = False
+    methods: tuple[str, ...] = ("forward",)
+    problem: Callable[[nn.Module], str | None] = lambda module: None
+
+
+_KINDS: list[LayerKind] = []
+_LAZY: list[Callable[[type], LayerKind | None]] = []
+_CLASSES: dict[type, type[BiasLayer]] = {}
+
+
+def register(kind: LayerKind) -> LayerKind:
+    """Add a kind; later kinds are looked at first, so that a subclass may have its own."""
+    _KINDS.insert(0, kind)
+    return kind
+
+
+def register_lazy(find: Callable[[type], LayerKind | None]) -> None:
+    """Add a finder for classes of packages that may not be installed; called with the module's class."""
+    _LAZY.append(find)
+
+
+def kind_of_class(cls: type) -> LayerKind | None:
+    """The kind that serves ``cls``: the class itself, or a subclass with the parent's forward and helpers."""
+    for find in _LAZY:
+        kind = find(cls)
+        if kind is not None:
+            return kind
+    for kind in _KINDS:
+        if issubclass(cls, kind.base) and all(
+            getattr(cls, m, None) is getattr(kind.base, m, None) for m in kind.methods
+        ):
+            return kind
+    return None
+
+
+def lookup(module: nn.Module) -> LayerKind | None:
+    """The kind of ``module``, converted or not; None where no kind fits."""
+    cls = module.converted_from if isinstance(module, BiasLayer) else type(module)
+    if "forward" in module.__dict__:  # an instance whose forward was replaced is not what its class says
+        return None
+    return kind_of_class(cls)
+
+
+def is_converted(module: nn.Module) -> bool:
+    return isinstance(module, BiasLayer)
+
+
+def converted_class(cls: type[nn.Module], kind: LayerKind) -> type[BiasLayer]:
+    """The subclass ``(mixin, cls)``, made once for each class."""
+    found = _CLASSES.get(cls)
+    if found is None:
+        found = type(f"Bias{cls.__name__}", (kind.mixin, cls), {"converted_from": cls, "__module__": __name__})
+        _CLASSES[cls] = found
+    return found
+
+
+def convert_layer(module: nn.Module, kind: LayerKind) -> None:
+    """Swap the class of ``module`` in place."""
+    module.__class__ = converted_class(type(module), kind)
+
+
+def restore_layer(module: nn.Module) -> None:
+    """Give ``module`` its own class back and remove what conversion set on it."""
+    if isinstance(module, BiasLayer):
+        for name in _STATE:
+            module.__dict__.pop(name, None)
+        module.__class__ = module.converted_from

@@ -1,0 +1,241 @@
+"""The ledger: per-sample gradients of one physical batch, and their clipped integer sum.
+
+One float32 buffer [B, P] holds the rows of all trained elements; each trained parameter owns a column
+slice. Layers never write to it: a layer's Function takes a leaf ``rows`` that shares its slice and
+returns the rows' gradient, so that autograd itself adds up a module used twice, a tied bias, a
+checkpointed block, several backward calls.
+
+What enters a release is a list of :class:`Contribution`: each gives squared norms first and, once the
+clip factors of the whole row are known, adds its clipped integer sum. The dense rows are one of them; a
+layer that never materialises its rows can be another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import clipping
+from ._validate import EngineError, UnsupportedModuleError
+from .backends import Backend
+from .layers import BiasLayer
+
+
+class Contribution(Protocol):
+    """Per-sample gradients of a range of ledger columns that are known only through their norms and sums."""
+
+    def squared_norms(self) -> Tensor:
+        """[B, L] float64: squares of the rows, by clipping group, in the units of the raw gradient."""
+
+    def add_clipped(self, total: Tensor, factors: Tensor) -> None:
+        """Add sum_i round(factors[i] * row_i), int64, to the contribution's columns of ``total`` [P].
+
+        Args:
+            factors: [B, L] float64; a factor of exactly 0 selects the row out, whatever it holds.
+        """
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trained parameter: columns ``start:stop`` of the ledger."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    layers: tuple[tuple[BiasLayer, str], ...]  # every layer that owns it, and the attribute of its leaf
+
+
+def _silence_layout_warning() -> None:
+    """Spend autograd's once-a-process warning that a gradient slice of a wider buffer is not dense.
+
+    The slices are meant to be so, and the in-place addition into them is what the ledger is built on.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wide = torch.zeros(2, 3)
+        leaf = wide[:, :2].data.requires_grad_()
+        leaf.grad = torch.zeros(2, 3)[:, :2]
+        (leaf * 0.0).sum().backward()
+
+
+def find_entries(model: nn.Module) -> list[Entry]:
+    """The trained parameters of ``model`` in the order of ``named_parameters``, tied ones once.
+
+    Raises:
+        UnsupportedModuleError: a parameter with ``requires_grad`` is not trained by any converted layer.
+    """
+    owners: dict[int, list[tuple[BiasLayer, str]]] = {}
+    for module in model.modules():
+        if isinstance(module, BiasLayer):
+            for own in sorted(module.trained):
+                owners.setdefault(id(module.get_parameter(own)), []).append((module, f"{own}_rows"))
+    entries: list[Entry] = []
+    start = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) not in owners:
+            raise UnsupportedModuleError(
+                f"parameter {name!r} requires a gradient but no converted layer gives its per-sample gradient: "
+                "run convert_model first, and freeze what it does not train"
+            )
+        stop = start + parameter.numel()
+        entries.append(Entry(name, parameter, start, stop, tuple(owners[id(parameter)])))
+        start = stop
+    if not entries:
+        raise UnsupportedModuleError("the model has no trained parameter: run convert_model first")
+    devices = {e.parameter.device for e in entries}
+    if len(devices) != 1:
+        raise UnsupportedModuleError(f"trained parameters lie on several devices: {sorted(map(str, devices))}")
+    return entries
+
+
+@dataclass
+class _Slab:
+    rows: Tensor  # [B, P] float32
+    leaves: list[Tensor]  # per entry [B, p]
+    mask: Tensor  # [B] bool
+    contributions: list[Contribution] = field(default_factory=list)
+    clean_version: int = 0
+
+
+class Ledger:
+    """Rows of the open physical batch, and the running integer sum of the draw.
+
+    Guarantees (design, sections 4 and 5): a row that is masked or not finite contributes exactly 0; every
+    other row contributes an integer vector whose norm is at most ``clipping.GRID``; the sum over rows is exact.
+    """
+
+    def __init__(self, model: nn.Module, entries: Sequence[Entry], plan: clipping.ClipPlan, backend: Backend):
+        _silence_layout_warning()
+        self.entries = list(entries)
+        self.width = self.entries[-1].stop  # P
+        self.plan = plan
+        self.backend = backend
+        self.device = self.entries[0].parameter.device
+        self.total = torch.zeros(self.width, dtype=torch.int64, device=self.device)
+        self.privacy_statement: object = None
+        self._offsets = torch.tensor(plan.offsets, dtype=torch.int64, device=self.device)
+        self._bounds = torch.tensor(plan.bounds, dtype=torch.float64, device=self.device)
+        self._grid = torch.tensor(plan.grid, dtype=torch.float64, device=self.device)
+        self._storage = torch.empty(0, dtype=torch.float32, device=self.device)
+        self._slab: _Slab | None = None
+        self._open = False
+        self.layers = [m for m in model.modules() if isinstance(m, BiasLayer)]
+        for layer in self.layers:
+            if layer.attachment is not None:
+                raise EngineError("this model already has a PrivacyEngine attached: call its detach() first")
+        for layer in self.layers:
+            layer.attachment = self
+
+    def detach(self) -> None:
+        """Give the layers back to plain training."""
+        self.close()
+        for layer in self.layers:
+            layer.attachment = None
+
+    @property
+    def batch(self) -> int | None:
+        """Number of physical rows of the open batch; None while none is open."""
+        return self._slab.rows.shape[0] if self._open and self._slab is not None else None
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a backward has reached the open batch: autograd's own version counter of the rows says so."""
+        slab = self._slab
+        return self._open and slab is not None and (slab.rows._version != slab.clean_version or bool(slab.contributions))
+
+    def open(self, batch: int, mask: Tensor | None = None) -> None:
+        """Make zeroed rows for ``batch`` samples and hand the leaves to the layers.
+
+        Args:
+            batch: B, physical rows.
+            mask: [B] bool, False for rows that contribute nothing; None for all True.
+        """
+        slab = self._slab
+        if slab is None or slab.rows.shape[0] != batch:
+            slab = self._slab = self._allocate(batch)
+        else:
+            slab.rows.zero_()
+        slab.contributions.clear()
+        if mask is None:
+            slab.mask.fill_(True)
+        else:
+            slab.mask.copy_(mask)
+        slab.clean_version = slab.rows._version
+        for entry, leaf in zip(self.entries, slab.leaves, strict=True):
+            for layer, attribute in entry.layers:
+                layer.__dict__[attribute] = leaf
+        self._open = True
+
+    def _allocate(self, batch: int) -> _Slab:
+        if self._storage.numel() < batch * self.width:
+            self._slab = None  # let the smaller buffer go before the larger one comes
+            self._storage = torch.empty(batch * self.width, dtype=torch.float32, device=self.device)
+        rows = self._storage[: batch * self.width].view(batch, self.width)
+        rows.zero_()
+        leaves = []
+        for entry in self.entries:
+            part = rows[:, entry.start : entry.stop]
+            leaf = part.data.requires_grad_()  # shares memory, not the version counter; its value is never read
+            leaf.grad = part
+            leaves.append(leaf)
+        return _Slab(rows, leaves, torch.ones(batch, dtype=torch.bool, device=self.device))
+
+    def zero_rows(self) -> None:
+        """Forget what was backpropagated into the open batch; it stays open."""
+        slab = self._slab
+        if slab is not None:
+            slab.rows.zero_()
+            slab.contributions.clear()
+            slab.clean_version = slab.rows._version
+
+    def contribute(self, contribution: Contribution) -> None:
+        """Add a contribution to the open batch, beside the dense rows."""
+        if self._slab is None or not self._open:
+            raise EngineError("a contribution was made outside a batch")
+        self._slab.contributions.append(contribution)
+
+    def close(self) -> None:
+        """Take the leaves away: a training forward outside a batch is then refused by the layers."""
+        self._open = False
+        for layer in self.layers:
+            layer.__dict__.pop("bias_rows", None)
+            layer.__dict__.pop("weight_rows", None)
+
+    def absorb(self, scale: float) -> None:
+        """Clip the rows of the open batch, add them to the integer total, and close the batch.
+
+        Args:
+            scale: what one row is multiplied by to be the gradient of one sample's loss (undoes the loss scale
+                and, for a mean, the division by the number of physical rows).
+        """
+        slab = self._slab
+        if slab is None or not self._open:
+            raise EngineError("no batch is open")
+        plan = self.plan
+        extra: Tensor | None = None
+        for contribution in slab.contributions:
+            squares = contribution.squared_norms()
+            extra = squares if extra is None else extra + squares
+        factors, norms = self.backend.clip_factors(
+            slab.rows, self._offsets, slab.mask, self._bounds, self._grid, extra, scale, plan.gamma
+        )
+        if plan.factor_fn is not None:
+            factors = clipping.custom_factors(plan, norms, slab.mask, scale)
+        self.backend.clipped_sum_(self.total, slab.rows, self._offsets, factors)
+        for contribution in slab.contributions:
+            contribution.add_clipped(self.total, factors)
+        slab.contributions.clear()
+        self.close()
+
+    def discard(self) -> None:
+        """Drop the rows of the open batch and the sum of the draw; nothing of them was released."""
+        self.close()
+        self.total.zero_()

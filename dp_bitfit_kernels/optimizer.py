@@ -1,0 +1,146 @@
+"""The optimizer of a private model: clips, sums, adds noise, then lets the user's optimizer step on the release."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ._validate import OptimizerError
+from .ledger import Entry
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+def check_parameters(optimizer: Optimizer, module: nn.Module, entries: Sequence[Entry]) -> None:
+    """Every trained parameter must be in the optimizer, and nothing else that requires a gradient.
+
+    Raises:
+        OptimizerError: a trained parameter is missing, or a parameter outside the module would be trained on raw gradients.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [e.name for e in entries if id(e.parameter) not in held]
+    if missing:
+        raise OptimizerError(
+            f"the optimizer lacks {len(missing)} trained parameter(s), first {missing[0]!r}: build it after "
+            "convert_model from [p for p in model.parameters() if p.requires_grad]"
+        )
+    trained = {id(e.parameter) for e in entries}
+    own = {id(p) for p in module.parameters()}
+    if any(p.requires_grad and id(p) not in own for g in optimizer.param_groups for p in g["params"]):
+        raise OptimizerError(
+            "the optimizer holds a parameter that is not part of the module: it would be trained on raw gradients "
+            "of private data; give it an optimizer of its own or make it part of the module"
+        )
+    frozen = len(held - trained)
+    if frozen:
+        warnings.warn(f"{frozen} frozen parameter(s) in the optimizer are ignored", stacklevel=4)
+
+
+class PrivateOptimizer(Optimizer):
+    """Wraps ``original_optimizer``: any torch.optim optimizer whose step needs no closure.
+
+    ``step()`` returns True when it released a noisy gradient and the original optimizer stepped on it, False after a
+    physical batch that does not end its draw. ``zero_grad()`` drops gradients that no step has used yet.
+    """
+
+    def __init__(self, original: Optimizer, session: Session, max_grad_norm: float):
+        # Optimizer.__init__ is not called: parameters, state and defaults are those of the original.
+        self.original_optimizer = original
+        self._session = session
+        self.max_grad_norm = max_grad_norm
+        self._optimizer_step_pre_hooks: dict[int, Any] = {}
+        self._optimizer_step_post_hooks: dict[int, Any] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.original_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.original_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.original_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.original_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.original_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.original_optimizer.defaults = defaults
+
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma of the next release. May be set between steps (a noise schedule): each release is charged with its own."""
+        return self._session.noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        self._session.set_noise_multiplier(value)
+
+    @property
+    def expected_batch_size(self) -> float:
+        return self._session.expected_batch_size
+
+    def step(self, closure: Callable[[], Any] | None = None) -> bool:  # type: ignore[override]
+        """Clip and add up the open physical batch; at the end of its draw, release and step.
+
+        Returns:
+            True when a release was made.
+
+        Raises:
+            OptimizerError: a closure is given, or nothing was backpropagated since the last step.
+            EngineError: a gradient reached a trained parameter outside the converted layers.
+        """
+        if closure is not None:
+            raise OptimizerError(
+                "closures are not supported: a closure would see the data again after the noise was added; "
+                "call backward() before step()"
+            )
+        if not self._session.absorb():
+            return False
+        self._session.release()
+        try:
+            self.original_optimizer.step()
+        finally:
+            self._session.clear_grads()
+        return True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the per-sample gradients of the open physical batch that no step has used."""
+        self._session.drop_rows()
+        self.original_optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.original_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.original_optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise OptimizerError("the trained parameters of a private model are fixed: make_private again with a new optimizer")
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise OptimizerError("a private optimizer is not copied or pickled: use state_dict() or engine.save_checkpoint")
+
+    def __repr__(self) -> str:
+        return f"PrivateOptimizer({self.original_optimizer!r})"
+
+
+def release_into(entries: Sequence[Entry], flat: torch.Tensor) -> None:
+    """Hand the release [P] float32 to the parameters' ``grad``, each in its own shape and dtype."""
+    for entry in entries:
+        part = flat[entry.start : entry.stop].view(entry.parameter.shape)
+        entry.parameter.grad = part.to(entry.parameter.dtype)

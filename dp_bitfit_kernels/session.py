@@ -1,0 +1,243 @@
+"""One private training run: which batch is open, what it is charged, when its sum is released."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import layout
+from ._validate import BatchLayoutError, EngineError, OptimizerError
+from .accounting import Accountant
+from .clipping import GRID
+from .ledger import Ledger
+from .noise import STREAM_NOISE, KeySource
+from .optimizer import release_into
+from .sampling import Ticket
+
+_EVALUATION = "for evaluation use torch.no_grad()"
+
+
+class Session:
+    """State between the loader, the model's forward, the backward and the optimizer's step.
+
+    Guarantees:
+        A draw is released once, with one noise vector, after all its physical batches were clipped and summed.
+        A release is charged before its noise is drawn: at the loader's sample rate when its batch carries a ticket
+        of the private loader, at sample rate 1 otherwise.
+        Rows are never readable as gradients: ``grad`` of a trained parameter is None until the release.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ledger: Ledger,
+        keys: KeySource,
+        accountant: Accountant,
+        *,
+        noise_multiplier: float,
+        sample_rate: float,
+        expected_batch_size: float,
+        mean_reduction: bool,
+        loss_scale: float,
+    ):
+        self.model, self.ledger, self.keys, self.accountant = model, ledger, keys, accountant
+        self.noise_multiplier = noise_multiplier
+        self.sample_rate, self.expected_batch_size = sample_rate, expected_batch_size
+        self.mean_reduction, self.loss_scale = mean_reduction, loss_scale
+        self.releases = 0
+        self.planned_releases: int | None = None
+        self.ticket: Ticket | None = None  # of the open batch
+        self.draw: int | None = None  # whose earlier parts are in the integer total
+        self._next_part = 0
+        self._charge_rate = 1.0
+        self._step = torch.zeros(1, dtype=torch.int64, device=ledger.device)
+        self._declared = False  # inside engine.batch(B)
+        self._forwards = 0
+        self._proven = False
+        self._warned: set[str] = set()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def set_noise_multiplier(self, value: float) -> None:
+        if not (math.isfinite(value) and value >= 0):
+            raise EngineError(f"noise_multiplier={value!r} must be finite and >= 0")
+        if self.draw is not None:
+            raise EngineError("noise_multiplier cannot change within a draw")
+        self.noise_multiplier = float(value)
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=4)
+
+    def on_ticket(self, ticket: Ticket) -> None:
+        """Open the physical batch that the private loader is about to hand out."""
+        if self.ledger.dirty:
+            raise EngineError("a batch was backpropagated but not stepped: call optimizer.step() after every batch")
+        other_draw = self.draw is not None and self.draw != ticket.draw
+        if self.ticket is not None or other_draw or ticket.part > (self._next_part if self.draw is not None else 0):
+            self._warn_once(
+                "skipped",
+                "a drawn batch was left without a step; nothing of it is used. Leaving out batches by a rule that looks at "
+                "private data voids the guarantee",
+            )
+        if other_draw:
+            self._abandon()
+        self.ticket = ticket
+        self._declared, self._forwards = False, 0
+        self.ledger.open(ticket.size, ticket.mask)
+
+    def declare(self, batch: int) -> None:
+        """Open a batch of a declared size that carries no ticket, or confirm the size of the one that does."""
+        if batch < 1:
+            raise EngineError(f"engine.batch({batch}): the batch size must be at least 1")
+        if self.ticket is not None:
+            if self.ledger.batch != batch:
+                raise BatchLayoutError(
+                    f"engine.batch({batch}): the batch of the private loader has {self.ledger.batch} samples"
+                )
+        elif self.ledger.dirty:
+            raise EngineError("the batch before was backpropagated but not stepped: call optimizer.step() first")
+        else:
+            self._open_without_ticket(batch)
+        self._declared = True
+
+    def undeclare(self) -> None:
+        self._declared = False
+        if self.ticket is None and not self.ledger.dirty:
+            self.ledger.close()
+
+    def _open_without_ticket(self, batch: int) -> None:
+        if self.draw is not None:
+            raise EngineError("a batch without a ticket came in the middle of a draw of the private loader")
+        self._warn_once(
+            "ticketless",
+            "this batch does not come from the private loader: its step is charged at sample rate 1, "
+            "without amplification by sampling",
+        )
+        self.ledger.open(batch)
+        self._forwards = 0
+
+    def before_forward(self, args: Any, kwargs: Any) -> None:
+        """Called before each forward of the model: opens a batch where none is open, checks its size."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        batch = self.ledger.batch
+        if batch is None:
+            batch = layout.batch_of(args, kwargs)
+            self._open_without_ticket(batch)
+        elif self._declared:
+            pass
+        elif self.ticket is None:
+            if self._forwards:
+                raise EngineError(
+                    "a second training forward before the step, on a batch without a ticket: a sample in both would count "
+                    "twice; call optimizer.step() first, use the private loader, or `with engine.batch(B):` if the rows "
+                    f"are the same samples; {_EVALUATION}"
+                )
+        elif batch not in layout.leading_sizes(args, kwargs):
+            raise BatchLayoutError(
+                f"no input of the model has the batch of the private loader ({batch} samples) as its leading dimension "
+                f"(found {sorted(layout.leading_sizes(args, kwargs))}); {_EVALUATION}"
+            )
+        self._forwards += 1
+        if not self._proven:
+            self._prove(args, kwargs, batch)
+
+    def _prove(self, args: Any, kwargs: Any, batch: int) -> None:
+        if batch not in layout.leading_sizes(args, kwargs):
+            self._warn_once(
+                "unproven",
+                "no tensor input of the model has the batch as its leading dimension: the layout of the layers cannot be "
+                "proven with one more sample, only their leading sizes are checked",
+            )
+            return
+        try:
+            layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
+        except BatchLayoutError:
+            self._abandon()
+            raise
+        self._proven = True
+
+    def _abandon(self) -> None:
+        self.ledger.discard()
+        self.ticket, self.draw, self._next_part = None, None, 0
+
+    def drop_rows(self) -> None:
+        """Forget gradients of the open batch that no step has used (zero_grad)."""
+        if self.ledger.dirty:
+            self.ledger.zero_rows()
+            self._forwards = 0
+
+    def absorb(self) -> bool:
+        """Clip and add the open batch to the sum of its draw; True when the draw is complete.
+
+        Raises:
+            OptimizerError: nothing was backpropagated.
+            EngineError: a gradient reached a parameter outside the converted layers.
+        """
+        self._check_no_raw_gradient()
+        batch = self.ledger.batch
+        if batch is None or not self.ledger.dirty:
+            raise OptimizerError(
+                "step() without a backward of the private model since the last step: nothing was backpropagated, or the "
+                "forward ran under torch.no_grad()"
+            )
+        self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
+        ticket, self.ticket = self.ticket, None
+        self._declared = False
+        if ticket is None:
+            self._charge_rate = 1.0
+            return True
+        self._charge_rate = self.sample_rate
+        self.draw, self._next_part = ticket.draw, ticket.part + 1
+        return ticket.final
+
+    def _check_no_raw_gradient(self) -> None:
+        raw = [name for name, parameter in self.model.named_parameters() if parameter.grad is not None]
+        if raw:
+            self.clear_grads()
+            self._abandon()
+            raise EngineError(
+                f"a raw gradient reached parameter {raw[0]!r} outside a converted layer (the model uses it directly, or it "
+                "was unfrozen after make_private); the draw was dropped and nothing was released. Freeze it: "
+                f"convert_model(biases=('*', '!{raw[0]}'))"
+            )
+
+    def release(self) -> None:
+        """Charge, draw the noise, and put the release into the gradients of the trained parameters.
+
+        The release is (S + round(sigma G z)) * R / (G E[B]), S the integer sum of the draw, z from ChaCha20.
+        """
+        sigma, ledger = self.noise_multiplier, self.ledger
+        self.accountant.charge(sigma, self._charge_rate)
+        self.releases += 1
+        if self.planned_releases is not None and self.releases > self.planned_releases:
+            self._warn_once(
+                "overrun",
+                f"more than the {self.planned_releases} releases that the noise was calibrated for: epsilon exceeds its target",
+            )
+        self._step.add_(1)
+        scale = ledger.plan.sensitivity / (GRID * self.expected_batch_size)
+        key = self.keys.key_tensor(ledger.device)
+        flat = ledger.backend.noisy_sum(ledger.total, key, self._step, STREAM_NOISE, 0, sigma * GRID, scale)
+        ledger.total.zero_()
+        self.draw, self._next_part = None, 0
+        release_into(ledger.entries, flat)
+
+    def clear_grads(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    @property
+    def noise_steps(self) -> int:
+        """Value of the noise counter (reads the device: for checkpoints, not for the step path)."""
+        return int(self._step.item())
+
+    def continue_from(self, noise_steps: int, releases: int) -> None:
+        self._step.fill_(max(noise_steps, self.noise_steps))
+        self.releases = releases
