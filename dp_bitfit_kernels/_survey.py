@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -96,7 +95,10 @@ def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool
 
 
 def called_modules(model: nn.Module, sample_batch: Any, sites: list[Site]) -> set[int]:
-    """ids of the convertible modules that one forward of `sample_batch` calls."""
+    """ids of the convertible modules that one forward of `sample_batch` calls.
+
+    The hooks also keep TransformerEncoderLayer off its fused path, which reads its children without calling them.
+    """
     called: set[int] = set()
 
     def seen(module: nn.Module, inputs: Any) -> None:
@@ -112,7 +114,7 @@ def called_modules(model: nn.Module, sample_batch: Any, sites: list[Site]) -> se
     hooks = [site.module.register_forward_pre_hook(seen) for site in sites if site.kind is not None]
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.no_grad(), torch.random.fork_rng(cuda), _no_fast_path():
+        with torch.no_grad(), torch.random.fork_rng(cuda):
             model.eval()
             if isinstance(sample_batch, Mapping):
                 model(**sample_batch)
@@ -129,14 +131,3 @@ def called_modules(model: nn.Module, sample_batch: Any, sites: list[Site]) -> se
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer.copy_(value)
     return called
-
-
-@contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """In eval mode TransformerEncoderLayer would use its children's parameters without calling them."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
