@@ -39,7 +39,7 @@ Verdict = dict[str, dict[str, Any]]
 def verify(case: Case, names: Iterable[str]) -> Verdict:
     """Relative error of each contender's step, or why it failed."""
     batch = case.batch()
-    expected: Oracle = oracle(case, batch)
+    expected: Oracle = oracle(case, batch, sorted({PROVIDERS[name].scope for name in names}))
     verdict: Verdict = {}
     for name in names:
         try:
@@ -84,11 +84,13 @@ def measure_time(
         samples = interleave(steps, rounds=rounds, every=rivals, budget_s=seconds)
     finally:
         torch.set_num_threads(before)
+    against = steps if BASELINE in steps else {}
     return {
         "rounds": samples.rounds,
         "median_ms": {name: 1e3 * samples.median(name) for name in steps},
         "spread": {name: samples.spread(name) for name in steps},
-        "ratio": {name: samples.ratio(name, BASELINE).to_json() for name in steps} if BASELINE in steps else {},
+        "ratio": {name: samples.ratio(name, BASELINE).to_json() for name in against},
+        "cpu_ratio": {name: samples.ratio(name, BASELINE, cpu=True).to_json() for name in against},
     }
 
 
@@ -119,7 +121,8 @@ def summary(name: str, case: dict[str, Any]) -> str:
             continue
         times = "   ".join(
             f"{count} thr {value['median_ms'][provider]:8.1f} ms x{value['ratio'][provider]['value']:.3f} "
-            f"[{value['ratio'][provider]['low']:.3f}, {value['ratio'][provider]['high']:.3f}]"
+            f"[{value['ratio'][provider]['low']:.3f}, {value['ratio'][provider]['high']:.3f}] "
+            f"cpu x{value['cpu_ratio'][provider]['value']:.3f}"
             for count, value in case["time"].items()
             if provider in value["ratio"]
         )

@@ -15,6 +15,7 @@ The clipping norm is the median of the per-sample norms, so that half of the sam
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,29 +43,30 @@ class Oracle:
     float32_error: dict[str, float]  # scope -> PyTorch's own relative error
 
 
-def oracle(case: Case, batch: Batch) -> Oracle:
+def oracle(case: Case, batch: Batch, scopes: Sequence[str] = ("bias", "full")) -> Oracle:
+    """One pass over the samples in float64, which sets the clipping norms, and one in float32 for PyTorch's error."""
     bound: dict[str, float] = {}
-    exact = _by_sample(case, batch, torch.float64, bound)
-    single = _by_sample(case, batch, torch.float32, bound)
+    exact = _by_sample(case, batch, torch.float64, scopes, bound)
+    single = _by_sample(case, batch, torch.float32, scopes, bound)
     error = {scope: _relative(single[0][scope], exact[0][scope]) for scope in bound}
     return Oracle(exact[0], exact[1], bound, error)
 
 
 def _by_sample(
-    case: Case, batch: Batch, dtype: torch.dtype, bound: dict[str, float]
+    case: Case, batch: Batch, dtype: torch.dtype, scopes: Sequence[str], bound: dict[str, float]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(clipped mean, plain mean) by scope; sets `bound` from the norms where it is empty."""
     model = case.build().to(dtype)
-    freeze(model, "full")
-    names = [name for name, _ in model.named_parameters()]
-    masks = {"bias": [is_bias(name) for name in names], "full": [True] * len(names)}
+    wanted = freeze(model, "full" if "full" in scopes else "bias")
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    masks = {scope: [scope == "full" or is_bias(name) for name in names] for scope in scopes}
     criterion = nn.CrossEntropyLoss()
 
     def gradient(i: int) -> list[Tensor]:
         one = batch.sample(i).to(dtype)
         loss = _loss(criterion, case.logits(model, one), one.labels)
-        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, model.parameters(), strict=True)]
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, wanted, strict=True)]
 
     def norms(grads: list[Tensor]) -> dict[str, float]:
         return {

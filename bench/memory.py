@@ -1,8 +1,8 @@
 """Exact peak of tensor bytes on the CPU, from the allocator itself.
 
 torch's CPU allocator reports every block that it hands out or takes back to the profiler (`profile_memory=True`), so
-the running sum of those reports is the number of tensor bytes alive at each instant: parameters, buffers, optimizer state,
-the batch, what autograd saved, gradients, and the temporaries inside an operator, which no hook at Python level
+the running sum of those reports is the number of tensor bytes alive at each instant: parameters, buffers, optimizer
+state, the batch, what autograd saved, gradients, and the temporaries inside an operator, which no hook at Python level
 (saved-tensor hooks, dispatch modes, counting storages) can see. Nothing is sampled and nothing estimated; the process's
 resident set, by contrast, also moves with allocator reuse and page faults and differs from run to run.
 
@@ -34,7 +34,6 @@ class Peak:
     peak: int  # bytes
     resident: int  # bytes
     holders: dict[str, int] = field(default_factory=dict, repr=False)  # op path -> bytes alive at the peak
-
 
 
 def peak_bytes(build: Callable[[], Callable[[], object]], *, warm_up: int = 2) -> Peak:

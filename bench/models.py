@@ -141,9 +141,7 @@ class BasicBlock(nn.Module):
         self.norm2 = nn.GroupNorm(32, width)
         self.shortcut = nn.Sequential()
         if stride != 1 or width_in != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.GroupNorm(32, width)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.GroupNorm(32, width))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, width_in, H, W] -> [B, width, H/stride, W/stride]
         out = torch.relu(self.norm1(self.conv1(x)))

@@ -8,6 +8,10 @@ contenders is taken between samples that were drawn side by side.
 The interval is a bootstrap over whole rounds: a round is drawn with all its samples, which keeps the pairing, and the
 2.5 % and 97.5 % quantiles of the resampled ratio of medians are given. An interval wider than the effect means that the
 machine was not quiet: say so instead of quoting the ratio.
+
+Beside wall time the process's CPU time is kept. With one thread it is nearly blind to other processes that take the
+core away, so it tells whether a strange wall ratio is the code's doing; with several threads it also counts threads
+that spin while they wait, and says less. Quoted is wall time.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ BOOTSTRAP_DRAWS = 4000
 class Samples:
     """Seconds of every contender by round; NaN where a contender sat the round out."""
 
-    seconds: dict[str, np.ndarray]  # name -> float64 [rounds]
+    seconds: dict[str, np.ndarray]  # name -> wall time, float64 [rounds]
+    cpu_seconds: dict[str, np.ndarray]  # name -> CPU time of all threads of the process, float64 [rounds]
     rounds: int
     order: list[list[str]] = field(default_factory=list, repr=False)
 
@@ -40,11 +45,12 @@ class Samples:
         low, middle, high = np.nanpercentile(self.seconds[name], (25, 50, 75))
         return float((high - low) / middle)
 
-    def ratio(self, name: str, baseline: str, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> Ratio:
+    def ratio(self, name: str, baseline: str, *, cpu: bool = False) -> Ratio:
         """Ratio of medians over the rounds in which both ran, with its bootstrap interval (95 %)."""
-        both = ~(np.isnan(self.seconds[name]) | np.isnan(self.seconds[baseline]))
-        ours, theirs = self.seconds[name][both], self.seconds[baseline][both]
-        picks = np.random.default_rng(seed).integers(0, len(ours), size=(draws, len(ours)))
+        kept = self.cpu_seconds if cpu else self.seconds
+        both = ~(np.isnan(kept[name]) | np.isnan(kept[baseline]))
+        ours, theirs = kept[name][both], kept[baseline][both]
+        picks = np.random.default_rng(0).integers(0, len(ours), size=(BOOTSTRAP_DRAWS, len(ours)))
         resampled = np.median(ours[picks], axis=1) / np.median(theirs[picks], axis=1)
         low, high = np.quantile(resampled, (0.025, 0.975))
         return Ratio(float(np.median(ours) / np.median(theirs)), float(low), float(high), int(both.sum()))
@@ -87,7 +93,7 @@ def interleave(
         for _ in range(warm_up):
             step()
 
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     order: list[list[str]] = []
     begun = time.perf_counter()
     was_enabled = gc.isenabled()
@@ -102,15 +108,18 @@ def interleave(
             gc.disable()
             taken = {name: _seconds(contenders[name]) for name in present}
             for name in contenders:
-                seconds[name].append(taken.get(name, float("nan")))
+                seconds[name].append(taken.get(name, (float("nan"), float("nan"))))
             order.append(present)
     finally:
         if was_enabled:
             gc.enable()
-    return Samples({name: np.asarray(values) for name, values in seconds.items()}, len(order), order)
+    columns = {name: np.asarray(values).T for name, values in seconds.items()}
+    wall, cpu = ({name: column[i] for name, column in columns.items()} for i in (0, 1))
+    return Samples(wall, cpu, len(order), order)
 
 
-def _seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter_ns()
+def _seconds(step: Callable[[], object]) -> tuple[float, float]:
+    """(wall, CPU) seconds of one call."""
+    wall, cpu = time.perf_counter_ns(), time.process_time_ns()
     step()
-    return (time.perf_counter_ns() - start) * 1e-9
+    return (time.perf_counter_ns() - wall) * 1e-9, (time.process_time_ns() - cpu) * 1e-9
