@@ -1,0 +1,233 @@
+"""Every Triton kernel compiled for GPUs without one: vector loads, no spills, no stack, no contraction.
+
+What is compiled is what would be launched: each op is called with tensors on the meta device while its kernels are
+replaced by recorders, and the recorded arguments are specialised as Triton does at a launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import struct
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from dp_bitfit_kernels import kernels  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+MODULES = ("bias_grad", "clip_factors", "clipped_sum", "noisy_sum", "random_words")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+LOAD16 = r"ld\.global[.\w]*\.v(4\.[bf]32|2\.[bf]64)"
+STORE16 = r"st\.global[.\w]*\.v(4\.[bf]32|2\.[bf]64)"
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def channels_first(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    b, t, p = shape
+    return meta(b, p, t, dtype=dtype).transpose(1, 2)
+
+
+def clip_arguments(batch: int, width: int, groups: int, gamma: float | None) -> tuple[Any, ...]:
+    return (
+        meta(batch, width),
+        meta(groups + 1, dtype=torch.int64),
+        meta(batch, dtype=torch.bool),
+        meta(groups, dtype=torch.float64),
+        meta(groups, dtype=torch.float64),
+        None if gamma is None else meta(batch, groups, dtype=torch.float64),
+        1.0,
+        gamma,
+    )
+
+
+def sum_arguments(batch: int, width: int, groups: int) -> tuple[Any, ...]:
+    return (
+        meta(width, dtype=torch.int64),
+        meta(batch, width),
+        meta(groups + 1, dtype=torch.int64),
+        meta(batch, groups, dtype=torch.float64),
+    )
+
+
+def stream(first: int) -> tuple[Any, ...]:
+    return meta(8, dtype=torch.int32), meta(1, dtype=torch.int64), 0, first
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op and what the code of its first kernel must show."""
+
+    name: str
+    op: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    loads16: int  # 16-byte loads of a thread, at least
+    registers: int  # at most, of any kernel of the op: how many programs share a multiprocessor
+    stores16: int = 0
+
+
+BF16, F16 = torch.bfloat16, torch.float16
+CASES = (
+    Case("text_bf16", kernels.bias_grad, (meta(64, 512, 768, dtype=BF16),), 4, 80),
+    Case("text_float32", kernels.bias_grad, (meta(64, 512, 768),), 8, 80),
+    Case("two_stages", kernels.bias_grad, (meta(1, 1_000_000, 768, dtype=F16),), 4, 80),
+    Case("p_200", kernels.bias_grad_, (meta(32, 200), meta(32, 12, 200, dtype=BF16)), 4, 80),
+    Case("one_row", kernels.bias_grad_, (meta(32, 768), meta(32, 1, 768, dtype=BF16)), 3, 64, 2),
+    Case("image_bf16", kernels.bias_grad, (channels_first(64, 3136, 64, dtype=BF16),), 4, 80),
+    Case("image_float32", kernels.bias_grad, (channels_first(64, 196, 256, dtype=torch.float32),), 8, 80),
+    Case("image_7x7", kernels.bias_grad, (channels_first(64, 49, 512, dtype=BF16),), 0, 192),
+    Case("every_second", kernels.bias_grad, (meta(8, 512, 1536)[..., ::2],), 0, 96),
+    Case(
+        "beyond_2^31",
+        kernels.bias_grad,
+        (meta(8, 2**22, 1024, dtype=BF16).as_strided((8, 2**22, 768), (2**32, 1024, 1)),),
+        4,
+        96,
+    ),
+    Case("one_group", kernels.clip_factors, clip_arguments(64, 300_000, 1, None), 4, 64),
+    Case("layers", kernels.clip_factors, clip_arguments(64, 300_000, 200, 0.01), 4, 128),
+    Case("one_group", kernels.clipped_sum_, sum_arguments(64, 300_000, 1), 8, 80, 2),
+    Case("layers", kernels.clipped_sum_, sum_arguments(64, 300_000, 200), 8, 160, 2),
+    Case("aligned", kernels.noisy_sum, (meta(300_000, dtype=torch.int64), *stream(0), 1.0, 1.0), 4, 80, 2),
+    Case("slice", kernels.noisy_sum, (meta(1001, dtype=torch.int64), *stream(2**32 + 3), 1.0, 1.0), 0, 80),
+    Case("words", kernels.random_words, (*stream(0), 67_349), 0, 64),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Arguments of one recorded launch."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+def record(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches of one call."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert 0 < grid[0] < 2**31
+
+            def launch(*args: Any, **kwargs: Any) -> None:
+                names = self.kernel.arg_names
+                options = {k: v for k, v in kwargs.items() if k not in names}
+                given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+                launches.append(Launch(self.kernel, given, options))
+
+            return launch
+
+    for name in MODULES:
+        module = importlib.import_module(f"dp_bitfit_kernels.kernels.{name}")
+        for attribute, value in inspect.getmembers(module):
+            if attribute.endswith("_kernel"):
+                monkeypatch.setattr(module, attribute, Recorder(value))
+    case.op(*case.arguments)
+    return launches
+
+
+def compile_launch(launch: Launch, architecture: int) -> Any:
+    """The kernel as a launch on a card of ``architecture`` would compile it."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    hints: dict[tuple[int], list[list[Any]]] = {}
+    for parameter in launch.kernel.params:
+        value, place = launch.arguments[parameter.name], (parameter.num,)
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[place] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            hints[place] = [["tt.divisibility", 16]]
+        elif parameter.annotation_type:
+            signature[parameter.name] = parameter.annotation_type
+        else:
+            assert isinstance(value, int), f"{parameter.name}: a Python float would be rounded to float32"
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if not parameter.do_not_specialize:
+                if value == 1:
+                    signature[parameter.name], constants[place] = "constexpr", 1
+                elif value % 16 == 0:
+                    hints[place] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
+
+
+def resources(compiled: Any, folder: Path) -> dict[str, int]:
+    """Registers, stack and local memory of a thread, by the toolkit's own report."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
+    (usage,) = re.findall(r"REG:\d+.*", report)
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op.__name__}-{case.name}")
+def test_compiles(
+    case: Case, architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record_property: Callable[..., None]
+) -> None:
+    launches = record(case, monkeypatch)
+    assert launches
+    for number, launch in enumerate(launches):
+        assert launch.options["enable_fp_fusion"] is False
+        compiled = compile_launch(launch, architecture)
+        ptx, usage = compiled.asm["ptx"], resources(compiled, tmp_path)
+        name = launch.kernel.fn.__name__
+        record_property(f"{name}_{number}", usage)
+        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"{name}: {usage}"
+        assert usage["REG"] <= case.registers, f"{name}: {usage}"
+        assert not re.search(r"\bfma\.|\b(cos|sin|lg2)\.approx", ptx), f"{name}: contracted or approximate arithmetic"
+        assert not re.search(r"\b(atom|red)\.", ptx), f"{name}: an atomic update"
+        if number == 0:
+            assert len(re.findall(LOAD16, ptx)) >= case.loads16, name
+            assert len(re.findall(STORE16, ptx)) >= case.stores16, name
+
+
+def test_two_stages_are_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a second stage sums the partial sums of the first."""
+    case = next(c for c in CASES if c.name == "two_stages")
+    first, second = record(case, monkeypatch)
+    assert second.arguments["p_grad"] is first.arguments["p_out"]
+    assert first.arguments["splits"] > 1 and second.arguments["splits"] == 1
+
+
+def test_noise_constants_are_whole_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No coefficient went through float32 on its way into the code."""
+    module = importlib.import_module("dp_bitfit_kernels.kernels.noisy_sum")
+    case = next(c for c in CASES if c.op is kernels.noisy_sum)
+    (launch,) = record(case, monkeypatch)
+    ptx = compile_launch(launch, 90).asm["ptx"]
+    constants = [v.value for k, v in vars(module).items() if re.fullmatch(r"[A-Z]+\w*", k) and hasattr(v, "value")]
+    assert len(constants) == 25
+    for constant in constants:
+        # A sign may have moved into a subtraction.
+        digits = {struct.pack(">d", sign * constant).hex().upper() for sign in (1.0, -1.0)}
+        assert any(f"0d{d}" in ptx for d in digits), constant
