@@ -9,8 +9,8 @@ from . import _extension
 
 _extension.load()
 
-from . import clipping  # noqa: E402 - the compiled ops must be there before anything looks for them
-from ._validate import (  # noqa: E402
+from . import clipping
+from ._validate import (
     AccountingError,
     BackendError,
     BatchLayoutError,
@@ -24,9 +24,9 @@ from ._validate import (  # noqa: E402
     SamplingError,
     UnsupportedModuleError,
 )
-from .checkpoint import load_biases, save_biases  # noqa: E402
-from .convert import conversion_report, convert_model, restore_model  # noqa: E402
-from .engine import PrivacyEngine  # noqa: E402
+from .checkpoint import load_biases, save_biases
+from .convert import conversion_report, convert_model, restore_model
+from .engine import PrivacyEngine
 
 __version__ = "0.1.0"
 

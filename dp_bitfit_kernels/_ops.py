@@ -6,6 +6,9 @@ reference and Triton backends offer Python functions of the same names and argum
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,17 +40,14 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::bias_grad")
 def _bias_grad_fake(grad: Tensor) -> Tensor:
     return grad.new_empty((grad.shape[0], grad.shape[2]), dtype=torch.float32)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::bias_grad_")
 def _bias_grad_into_fake(rows: Tensor, grad: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake(f"{NAMESPACE}::clip_factors")
 def _clip_factors_fake(
     rows: Tensor,
     offsets: Tensor,
@@ -62,18 +62,27 @@ def _clip_factors_fake(
     return rows.new_empty(shape, dtype=torch.float64), rows.new_empty(shape, dtype=torch.float64)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::clipped_sum_")
 def _clipped_sum_fake(total: Tensor, rows: Tensor, offsets: Tensor, factors: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake(f"{NAMESPACE}::noisy_sum")
 def _noisy_sum_fake(
     total: Tensor, key: Tensor, step: Tensor, stream: int, first: int, noise_std: float, scale: float
 ) -> Tensor:
     return total.new_empty(total.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::random_words")
 def _random_words_fake(key: Tensor, step: Tensor, stream: int, first: int, count: int) -> Tensor:
     return key.new_empty((count,), dtype=torch.int64)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "bias_grad": _bias_grad_fake,
+    "bias_grad_": _bias_grad_into_fake,
+    "clip_factors": _clip_factors_fake,
+    "clipped_sum_": _clipped_sum_fake,
+    "noisy_sum": _noisy_sum_fake,
+    "random_words": _random_words_fake,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def unavailable(name: str, device_type: str) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _backend(name: str) -> Backend:
     if name == "reference":
         return _from(name, reference)
@@ -74,7 +74,7 @@ def select(name: str, device: torch.device | str) -> Backend:
     return _select(name, device_type)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _select(name: str, device_type: str) -> Backend:
     if name == "auto":
         candidates = _PREFERENCE.get(device_type, ("reference",))

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from typing import Any
 from weakref import ref
 
@@ -16,14 +15,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from . import backends, checkpoint
-from ._validate import AccountingError, CheckpointError, EngineError, SamplingError
 from ._history import History
+from ._plan import check_delta, groups, json_number, plan_sampling
+from ._validate import AccountingError, CheckpointError, EngineError
 from .accounting import Accountant, calibrate_noise_multiplier
 from .clipping import ClippingMethod, resolve
 from .ledger import Ledger, find_entries
 from .noise import STREAM_SAMPLER, KeySource
 from .optimizer import PrivateOptimizer, check_parameters
-from .sampling import DrawCounter, LoaderFacts, PrivateDataLoader, loader_facts
+from .sampling import DrawCounter, PrivateDataLoader, loader_facts
 from .session import Session
 
 _FORMAT = "dp-bitfit-checkpoint"
@@ -117,7 +117,7 @@ class PrivacyEngine:
             sample_rate: q; None takes batch_size / n, which makes n public (the privacy statement says so).
             expected_batch_size: what the sum is divided by; None takes the loader's batch size.
             max_physical_batch_size: draws are split into physical batches of at most so many rows.
-            pad_physical_batches: make every physical batch exactly that large, with masked repeats; None: in secure mode.
+            pad_physical_batches: every physical batch exactly that large, with masked repeats; None: in secure mode.
 
         Returns:
             (module, private optimizer, private loader).
@@ -140,7 +140,7 @@ class PrivacyEngine:
             raise EngineError(
                 "secure_mode=True needs poisson_sampling and padded physical batches: set max_physical_batch_size"
             )
-        rate, steps, public = _plan_sampling(data_loader, sample_rate, poisson_sampling)
+        rate, steps, public = plan_sampling(data_loader, sample_rate, poisson_sampling)
         if expected_batch_size is None:
             expected_batch_size = float(loader_facts(data_loader).batch_size)
         if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
@@ -150,7 +150,7 @@ class PrivacyEngine:
         check_parameters(optimizer, module, entries)
         method = resolve(clipping, max_grad_norm)
         backend = backends.select(entries[0].layers[0][0].backend, entries[0].parameter.device)
-        plan = method.plan(_groups(entries))
+        plan = method.plan(groups(entries))
         loader: DataLoader[Any] | PrivateDataLoader = data_loader
         if poisson_sampling:
             loader = self._loader = PrivateDataLoader(
@@ -181,8 +181,8 @@ class PrivacyEngine:
         self._optimizer = PrivateOptimizer(optimizer, self._session, method.sensitivity)
         if self._earlier:
             warnings.warn(
-                f"the history already holds {self._earlier} charged steps: get_epsilon counts them, a target epsilon of "
-                "this call covers new steps only (on resume, load_checkpoint continues them)",
+                f"the history already holds {self._earlier} charged steps: get_epsilon counts them, a target epsilon "
+                "of this call covers new steps only (on resume, load_checkpoint continues them)",
                 stacklevel=2,
             )
         return module, self._optimizer, loader
@@ -201,15 +201,15 @@ class PrivacyEngine:
         sample_rate: float | None = None,
         **options: Any,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any] | PrivateDataLoader]:
-        """As :meth:`make_private`, with the noise calibrated so that ``epochs`` epochs spend at most ``target_epsilon``.
+        """As :meth:`make_private`, with noise such that ``epochs`` epochs spend at most ``target_epsilon``.
 
         Raises:
             AccountingError: the target cannot be met, or an argument is out of range.
         """
         if epochs < 1 or int(epochs) != epochs:
             raise AccountingError(f"epochs={epochs!r} must be a whole number >= 1")
-        rate, per_epoch, public = _plan_sampling(data_loader, sample_rate, poisson_sampling)
-        _check_delta(target_delta, public)
+        rate, per_epoch, public = plan_sampling(data_loader, sample_rate, poisson_sampling)
+        check_delta(target_delta, public)
         steps = int(epochs) * per_epoch
         sigma = calibrate_noise_multiplier(
             target_epsilon=target_epsilon,
@@ -239,14 +239,14 @@ class PrivacyEngine:
         return self._session
 
     def _sampler_words(self, draw: int, first: int, count: int) -> Tensor:
-        """64-bit words of draw number ``draw``: the engine's key, a stream of their own. -> [count] int64 on the CPU."""
+        """64-bit words of draw number ``draw``, from a stream of their own. -> [count] int64 on the CPU."""
         step = torch.tensor([draw], dtype=torch.int64)
         words = backends.select("auto", "cpu").random_words
         return words(self._keys.key_tensor("cpu"), step, STREAM_SAMPLER, first, count)
 
     @contextmanager
     def batch(self, size: int) -> Iterator[None]:
-        """Declare the batch size of the training forwards inside: where inputs do not show it, and before compiled code.
+        """Declare the batch size of the forwards inside: where inputs do not show it, and before compiled code.
 
         Several forwards inside add to the same rows, so they must be of the same samples in the same order.
         """
@@ -262,7 +262,7 @@ class PrivacyEngine:
         Raises:
             AccountingError: ``delta`` outside (0, 1).
         """
-        _check_delta(delta, self._public_size)
+        check_delta(delta, self._public_size)
         if self._keys.deterministic and self.accountant.history.total_steps:
             return math.inf
         return float(self.accountant.get_epsilon(delta))
@@ -275,7 +275,7 @@ class PrivacyEngine:
             "private": True,
             "mechanism": "DP-SGD, Poisson-sampled Gaussian, rounded to an integer grid",
             "adjacency": "add or remove one record",
-            "epsilon": None if delta is None else _json_number(self.get_epsilon(delta)),
+            "epsilon": None if delta is None else json_number(self.get_epsilon(delta)),
             "delta": delta,
             "accountant": self.accountant.kind,
             "clipping": self._clipping.name,
@@ -334,8 +334,8 @@ class PrivacyEngine:
             objects: things with ``load_state_dict`` that were saved under the same names.
 
         Returns:
-            ``{"releases": ..., "epoch": ..., and the saved plain values}``. The private loader's next epoch has only the
-            draws that are left of the interrupted one.
+            ``{"releases": ..., "epoch": ..., and the saved plain values}``. The private loader's next epoch has
+            only the draws that are left of the interrupted one.
 
         Raises:
             CheckpointError: damaged or foreign; nothing was changed.
@@ -368,47 +368,3 @@ class PrivacyEngine:
         if per_epoch and self._loader is not None:
             result["epoch"], self._loader.skip_draws = divmod(data["releases"], per_epoch)
         return result
-
-
-def _groups(entries: Any) -> list[tuple[str, int]]:
-    """(layer, elements) of neighbouring entries of one layer, in ledger order."""
-    groups: list[tuple[str, int]] = []
-    for entry in entries:
-        layer = entry.name.rpartition(".")[0] or entry.name
-        if groups and groups[-1][0] == layer:
-            groups[-1] = (layer, groups[-1][1] + entry.stop - entry.start)
-        else:
-            groups.append((layer, entry.stop - entry.start))
-    return groups
-
-
-def _plan_sampling(
-    loader: DataLoader[Any], sample_rate: float | None, poisson: bool
-) -> tuple[float, int, int | None]:
-    """(q that a step is charged at, releases an epoch, n where the privacy statement declares it public).
-
-    A given ``sample_rate`` decides both numbers alone: the length of the data set is then read only to sample from it.
-    """
-    if not poisson:
-        if sample_rate is not None:
-            raise SamplingError("sample_rate has no meaning with poisson_sampling=False: such steps are charged at 1")
-        return 1.0, loader_facts(loader).steps, None
-    if sample_rate is None:
-        facts: LoaderFacts = loader_facts(loader)
-        return facts.sample_rate, facts.steps, facts.n
-    if not 0 < sample_rate <= 1:
-        raise SamplingError(f"sample_rate={sample_rate!r} must lie in (0, 1]")
-    return float(sample_rate), max(1, math.ceil(Fraction(1) / Fraction(sample_rate).limit_denominator(10**9))), None
-
-
-def _check_delta(delta: float, size: int | None) -> None:
-    if not 0 < delta < 1:
-        raise AccountingError(f"delta={delta!r} must lie in (0, 1)")
-    if size is not None and delta >= 1 / size:
-        warnings.warn(
-            f"delta={delta:g} is not below 1/n = {1 / size:g}: publishing a random record would satisfy it", stacklevel=3
-        )
-
-
-def _json_number(value: float) -> float | str:
-    return value if math.isfinite(value) else "inf"

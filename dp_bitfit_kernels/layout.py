@@ -1,8 +1,8 @@
 """Which rows of a tensor are the samples: found from the model's inputs, proven by one more sample.
 
 A leading dimension that equals the batch size proves nothing (a sequence-first tensor with T = B has it, too, and so
-has a table with B rows). It must also follow when the batch grows: so the model is run once on its own inputs with one row
-repeated, without gradients, and each converted layer's output must then have B + 1 rows.
+has a table with B rows). It must also follow when the batch grows: so the model is run once on its own inputs with one
+row repeated, without gradients, and each converted layer's output must then have B + 1 rows.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return type(value)({k: _map_tensors(v, change) for k, v in value.items()}) if type(value) is dict else _mapping(
-            value, change
+        return (
+            type(value)({k: _map_tensors(v, change) for k, v in value.items()})
+            if type(value) is dict
+            else _mapping(value, change)
         )
     if isinstance(value, Mapping):
         return _mapping(value, change)
@@ -107,7 +109,7 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
             model(*args, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
         raise BatchLayoutError(
-            f"the batch layout cannot be proven: the model fails on {batch + 1} samples where it runs on {batch} ({error})"
+            f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} ({error})"
         ) from error
     finally:
         for handle in handles:

@@ -149,7 +149,9 @@ class Ledger:
     def dirty(self) -> bool:
         """Whether a backward has reached the open batch: autograd's own version counter of the rows says so."""
         slab = self._slab
-        return self._open and slab is not None and (slab.rows._version != slab.clean_version or bool(slab.contributions))
+        return (
+            self._open and slab is not None and (slab.rows._version != slab.clean_version or bool(slab.contributions))
+        )
 
     def open(self, batch: int, mask: Tensor | None = None) -> None:
         """Make zeroed rows for ``batch`` samples and hand the leaves to the layers.

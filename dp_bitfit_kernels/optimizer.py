@@ -21,7 +21,7 @@ def check_parameters(optimizer: Optimizer, module: nn.Module, entries: Sequence[
     """Every trained parameter must be in the optimizer, and nothing else that requires a gradient.
 
     Raises:
-        OptimizerError: a trained parameter is missing, or a parameter outside the module would be trained on raw gradients.
+        OptimizerError: a trained parameter is missing, or one outside the module would be trained on raw gradients.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [e.name for e in entries if id(e.parameter) not in held]
@@ -58,7 +58,7 @@ class PrivateOptimizer(Optimizer):
         self._optimizer_step_post_hooks: dict[int, Any] = {}
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.original_optimizer.param_groups
 
     @param_groups.setter
@@ -66,7 +66,7 @@ class PrivateOptimizer(Optimizer):
         self.original_optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.original_optimizer.state
 
     @state.setter
@@ -74,7 +74,7 @@ class PrivateOptimizer(Optimizer):
         self.original_optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.original_optimizer.defaults
 
     @defaults.setter
@@ -83,7 +83,7 @@ class PrivateOptimizer(Optimizer):
 
     @property
     def noise_multiplier(self) -> float:
-        """sigma of the next release. May be set between steps (a noise schedule): each release is charged with its own."""
+        """sigma of the next release. May be set between draws (a schedule): each release is charged with its own."""
         return self._session.noise_multiplier
 
     @noise_multiplier.setter
@@ -130,7 +130,9 @@ class PrivateOptimizer(Optimizer):
         self.original_optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise OptimizerError("the trained parameters of a private model are fixed: make_private again with a new optimizer")
+        raise OptimizerError(
+            "the trained parameters of a private model are fixed: make_private again with a new optimizer"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         raise OptimizerError("a private optimizer is not copied or pickled: use state_dict() or engine.save_checkpoint")

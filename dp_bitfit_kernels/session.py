@@ -82,8 +82,8 @@ class Session:
         if self.ticket is not None or other_draw or ticket.part > (self._next_part if self.draw is not None else 0):
             self._warn_once(
                 "skipped",
-                "a drawn batch was left without a step; nothing of it is used. Leaving out batches by a rule that looks at "
-                "private data voids the guarantee",
+                "a drawn batch was left without a step; nothing of it is used. Leaving out batches by a rule that looks "
+                "at private data voids the guarantee",
             )
         if other_draw:
             self._abandon()
@@ -135,9 +135,9 @@ class Session:
         elif self.ticket is None:
             if self._forwards:
                 raise EngineError(
-                    "a second training forward before the step, on a batch without a ticket: a sample in both would count "
-                    "twice; call optimizer.step() first, use the private loader, or `with engine.batch(B):` if the rows "
-                    f"are the same samples; {_EVALUATION}"
+                    "a second training forward before the step, on a batch without a ticket: a sample in both would "
+                    "count twice; call optimizer.step() first, use the private loader, or `with engine.batch(B):` if the "
+                    f"rows are the same samples; {_EVALUATION}"
                 )
         elif batch not in layout.leading_sizes(args, kwargs):
             raise BatchLayoutError(
@@ -152,8 +152,8 @@ class Session:
         if batch not in layout.leading_sizes(args, kwargs):
             self._warn_once(
                 "unproven",
-                "no tensor input of the model has the batch as its leading dimension: the layout of the layers cannot be "
-                "proven with one more sample, only their leading sizes are checked",
+                "no tensor input of the model has the batch as its leading dimension: the layout of the layers cannot "
+                "be proven with one more sample, only their leading sizes are checked",
             )
             return
         try:
@@ -184,8 +184,8 @@ class Session:
         batch = self.ledger.batch
         if batch is None or not self.ledger.dirty:
             raise OptimizerError(
-                "step() without a backward of the private model since the last step: nothing was backpropagated, or the "
-                "forward ran under torch.no_grad()"
+                "step() without a backward of the private model since the last step: nothing was backpropagated, or "
+                "the forward ran under torch.no_grad()"
             )
         self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
         ticket, self.ticket = self.ticket, None
@@ -203,8 +203,8 @@ class Session:
             self.clear_grads()
             self._abandon()
             raise EngineError(
-                f"a raw gradient reached parameter {raw[0]!r} outside a converted layer (the model uses it directly, or it "
-                "was unfrozen after make_private); the draw was dropped and nothing was released. Freeze it: "
+                f"a raw gradient reached parameter {raw[0]!r} outside a converted layer (the model uses it directly, or "
+                "it was unfrozen after make_private); the draw was dropped and nothing was released. Freeze it: "
                 f"convert_model(biases=('*', '!{raw[0]}'))"
             )
 
@@ -219,7 +219,8 @@ class Session:
         if self.planned_releases is not None and self.releases > self.planned_releases:
             self._warn_once(
                 "overrun",
-                f"more than the {self.planned_releases} releases that the noise was calibrated for: epsilon exceeds its target",
+                f"more than the {self.planned_releases} releases that the noise was calibrated for: epsilon exceeds "
+                "its target",
             )
         self._step.add_(1)
         scale = ledger.plan.sensitivity / (GRID * self.expected_batch_size)

@@ -41,7 +41,12 @@ def rows(
         asked = [*wanted, x] if x.requires_grad else wanted
         grads = torch.autograd.grad(value, asked, allow_unused=True)[: len(wanted)]
         out.append(
-            torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, wanted, strict=True)])
+            torch.cat(
+                [
+                    torch.zeros_like(p).flatten() if g is None else g.flatten()
+                    for g, p in zip(grads, wanted, strict=True)
+                ]
+            )
         )
     stacked = torch.stack(out)
     return stacked if mask is None else stacked * mask.to(stacked.dtype).unsqueeze(1)

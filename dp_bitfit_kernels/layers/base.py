@@ -78,10 +78,9 @@ class BiasLayer(nn.Module):
         if "bias" not in self.trained or not self.recording():
             return output
         self.check_rows(output)
-        bias: Tensor = self.bias
-        if output.requires_grad and output.is_leaf:  # pragma: no cover - no operation returns a leaf
-            raise ConversionError(f"layer {self.layer_name!r} returned a leaf tensor")
-        return BiasGradFunction.apply(output, bias, self.bias_rows, self.channels_first, self.backend)  # type: ignore[no-any-return]
+        rows, first = self.bias_rows, self.channels_first
+        tapped: Tensor = BiasGradFunction.apply(output, self.bias, rows, first, self.backend)  # type: ignore[no-untyped-call]
+        return tapped
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles are unattached: per-sample gradients never travel with a model.
@@ -183,4 +182,4 @@ def restore_layer(module: nn.Module) -> None:
     if isinstance(module, BiasLayer):
         for name in _STATE:
             module.__dict__.pop(name, None)
-        module.__class__ = module.converted_from
+        module.__class__ = module.converted_from  # type: ignore[assignment]

@@ -23,7 +23,7 @@ class LinearLayer(BiasLayer):
         output = F.linear(input, weight, self.plain_bias())
         if private and self.recording():
             self.check_rows(output)
-            output = WeightGradFunction.apply(output, input.detach(), self.weight_rows)
+            output = WeightGradFunction.apply(output, input.detach(), self.weight_rows)  # type: ignore[no-untyped-call]
         return self.tap(output)
 
 

@@ -1,0 +1,58 @@
+"""What the engine works out from a model and a loader before it attaches: groups, sample rate, steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ._validate import AccountingError, SamplingError
+from .ledger import Entry
+from .sampling import loader_facts
+
+
+def groups(entries: Sequence[Entry]) -> list[tuple[str, int]]:
+    """(layer, elements) of neighbouring entries of one layer, in ledger order."""
+    groups: list[tuple[str, int]] = []
+    for entry in entries:
+        layer = entry.name.rpartition(".")[0] or entry.name
+        if groups and groups[-1][0] == layer:
+            groups[-1] = (layer, groups[-1][1] + entry.stop - entry.start)
+        else:
+            groups.append((layer, entry.stop - entry.start))
+    return groups
+
+
+def plan_sampling(loader: DataLoader[Any], sample_rate: float | None, poisson: bool) -> tuple[float, int, int | None]:
+    """(q that a step is charged at, releases an epoch, n where the privacy statement declares it public).
+
+    A given ``sample_rate`` decides both numbers alone: the length of the data set is then read only to sample from it.
+    """
+    if not poisson:
+        if sample_rate is not None:
+            raise SamplingError("sample_rate has no meaning with poisson_sampling=False: such steps are charged at 1")
+        return 1.0, loader_facts(loader).steps, None
+    if sample_rate is None:
+        facts = loader_facts(loader)
+        return facts.sample_rate, facts.steps, facts.n
+    if not 0 < sample_rate <= 1:
+        raise SamplingError(f"sample_rate={sample_rate!r} must lie in (0, 1]")
+    return float(sample_rate), max(1, math.ceil(Fraction(1) / Fraction(sample_rate).limit_denominator(10**9))), None
+
+
+def check_delta(delta: float, size: int | None) -> None:
+    if not 0 < delta < 1:
+        raise AccountingError(f"delta={delta!r} must lie in (0, 1)")
+    if size is not None and delta >= 1 / size:
+        warnings.warn(
+            f"delta={delta:g} is not below 1/n = {1 / size:g}: publishing a random record would satisfy it",
+            stacklevel=3,
+        )
+
+
+def json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else "inf"
