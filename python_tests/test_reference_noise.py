@@ -220,8 +220,15 @@ def test_normals_err_by_no_more_than_the_docstring_says():
                 assert abs(value - exact) <= allowed
 
 
-def test_tail_reaches_nine_sigma():
-    assert math.sqrt(-2.0 * reference.log_uniform(signed([0])).item()) > 9.41
+def test_tail_reaches_nine_sigma_in_the_release(monkeypatch):
+    """The smallest u1 with u2 at each axis: nothing between the words and the release cuts the tail."""
+    words = signed([w for quarter in range(4) for w in (0, quarter << 62)])
+    monkeypatch.setattr(reference, "random_words", lambda key, step, stream, first, count: words[:count])
+    total = torch.zeros(8, dtype=torch.int64)
+    released = reference.noisy_sum(total, key_of(COUNTING_KEY), step_of(0), 0, 0, 2.0**20, 2.0**-20)
+    largest = math.sqrt(128 * math.log(2.0))
+    assert largest > 9.41
+    assert released.tolist() == pytest.approx([largest, 0, 0, largest, -largest, 0, 0, -largest], rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("first", [0, 1, 2**32 - 4])
