@@ -335,6 +335,17 @@ def test_tied_and_shared() -> None:
     assert twins[0].trained == twins[1].trained == frozenset({"bias"})
 
 
+def test_one_owner_that_calls_it_a_bias_is_enough() -> None:
+    model = nn.Module()
+    model.register_parameter("offset", nn.Parameter(torch.zeros(3)))
+    model.decoder = nn.Linear(3, 3)
+    model.decoder.bias = model.offset
+    convert_model(model)
+    assert conversion_report(model).trained == {"offset": 3}
+    assert conversion_report(model).groups == {"offset": "linear.bias"}
+    accounted(model)
+
+
 def test_a_frozen_bias_is_trained_unless_excluded_and_flags_come_back() -> None:
     model = ConvNet()
     model.conv.requires_grad_(False)
