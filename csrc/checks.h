@@ -19,6 +19,24 @@ using torch::stable::Tensor;
 
 inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
 
+// A new dense tensor on the CPU: by the C interface, since stable::new_empty goes through the dispatcher and takes
+// longer than a small op.
+template <size_t dim>
+Tensor empty_cpu(const int64_t (&sizes)[dim], ScalarType type) {
+  int64_t strides[dim];
+  int64_t stride = 1;
+  for (size_t i = dim; i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  const int32_t dtype = type == ScalarType::Float    ? aoti_torch_dtype_float32()
+                        : type == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                     : aoti_torch_dtype_int64();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 inline void check_cpu(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t dim) {
   STD_TORCH_CHECK(tensor.is_cpu(), "dp_bitfit_kernels.", op, ": ", name, " must be on the CPU");
   STD_TORCH_CHECK(tensor.scalar_type() == type, "dp_bitfit_kernels.", op, ": ", name, " must be ", dtype_name(type),

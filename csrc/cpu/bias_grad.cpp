@@ -63,8 +63,7 @@ void reduce(const Tensor& rows, const Tensor& grad, bool accumulate) {
 
 Tensor bias_grad(const Tensor& grad) {
   check_grad(grad);
-  const int64_t sizes[] = {grad.size(0), grad.size(2)};
-  Tensor rows = torch::stable::new_empty(grad, {sizes, 2}, ScalarType::Float);
+  const Tensor rows = empty_cpu({grad.size(0), grad.size(2)}, ScalarType::Float);
   reduce(rows, grad, false);
   return rows;
 }

@@ -8,19 +8,23 @@ constexpr int64_t kChunkItems = 32 * 4 * kLanes;  // channels first: at most 32 
 template <class T, int rows>
 DPK_INLINE Lanes sum_rows(const typename T::Item* in, int64_t stride) {
   if constexpr (rows == 1) {
-    return load_lanes<T>(in);
+    return T::load(in);
   } else {
     return sum_rows<T, rows / 2>(in, stride) + sum_rows<T, rows / 2>(in + (rows / 2) * stride, stride);
   }
 }
 
-// chunk[c] (+)= sum of `rows` rows, c < width. The last 16 columns may overlap the ones before: their chunk lies apart.
+// chunk[c] (+)= sum of `rows` rows, c < width, every 16 columns in the type's own order of lanes. The last 16 columns
+// may overlap the ones before: their chunk lies apart.
 template <class T, int rows>
 DPK_INLINE void add_group(const typename T::Item* in, int64_t stride, int64_t width, float* chunk, bool first) {
   const auto add = [&](int64_t slot, int64_t column) __attribute__((always_inline)) {
+    if constexpr (rows == 8) {
+      for (int ahead = 8; ahead < 16; ++ahead) __builtin_prefetch(in + column + ahead * stride);
+    }
     Lanes sum = sum_rows<T, rows>(in + column, stride);
-    if (!first) sum = sum + load_lanes<Float32>(chunk + slot);
-    store_lanes(chunk + slot, sum);
+    if (!first) sum = sum + Float32::load(chunk + slot);
+    Float32::store(chunk + slot, sum);
   };
   int64_t column = 0;
   for (; column + kLanes <= width; column += kLanes) add(column, column);
@@ -79,59 +83,72 @@ void features_last(const void* from, int64_t steps, int64_t stride, int64_t widt
   if (steps > kChunkRows) {
     for (int64_t c = 0; c < slots; ++c) chunk[c] = float(total[c]);
   }
-  // The slots of an overlapping last vector hold the columns width - 16 ... width - 1.
-  const int64_t whole = width / kLanes * kLanes;
-  if (whole < width) {
-    float last[kLanes];
-    __builtin_memcpy(last, chunk + whole, sizeof(last));
-    __builtin_memcpy(chunk + width - kLanes, last, sizeof(last));
-  }
-  write(out, chunk, width, accumulate);
+  float sums[kMaxTile];
+  for (int64_t c = 0; c + kLanes <= width; c += kLanes) T::store(sums + c, Float32::load(chunk + c));
+  if (width % kLanes != 0) T::store(sums + width - kLanes, Float32::load(chunk + slots - kLanes));
+  write(out, sums, width, accumulate);
 }
 
-// One row of `count` <= kChunkItems neighbours, count >= 16, into 16 lanes.
+// Asks for the `bytes` that lie kAhead after `from`: a conversion to float32 fills the processor's window sooner than a
+// plain load would, so that too few loads are under way without it.
+constexpr int64_t kAhead = 1536;
+template <size_t bytes>
+DPK_INLINE void prefetch(const void* from) {
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + kAhead + line);
+}
+
+// One row of `count` <= kChunkItems neighbours, count >= 16, into eight lanes.
 template <class T>
-DPK_INLINE Lanes sum_chunk(const typename T::Item* in, int64_t count) {
+DPK_INLINE HalfLanes sum_chunk(const typename T::Item* in, int64_t count) {
   Lanes a = zero_lanes(), b = a, c = a, d = a;
   int64_t t = 0;
   for (; t + 4 * kLanes <= count; t += 4 * kLanes) {
-    a = a + load_lanes<T>(in + t);
-    b = b + load_lanes<T>(in + t + kLanes);
-    c = c + load_lanes<T>(in + t + 2 * kLanes);
-    d = d + load_lanes<T>(in + t + 3 * kLanes);
+    prefetch<4 * kLanes * sizeof(typename T::Item)>(in + t);
+    a = a + T::load(in + t);
+    b = b + T::load(in + t + kLanes);
+    c = c + T::load(in + t + 2 * kLanes);
+    d = d + T::load(in + t + 3 * kLanes);
   }
-  if (t + kLanes <= count) a = a + load_lanes<T>(in + t), t += kLanes;
-  if (t + kLanes <= count) b = b + load_lanes<T>(in + t), t += kLanes;
-  if (t + kLanes <= count) c = c + load_lanes<T>(in + t), t += kLanes;
-  if (t < count) {
-    // The last 16 items again, those already counted masked to zero.
-    static const int32_t mask[2 * kLanes] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
-                                             -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-    Lanes last = load_lanes<T>(in + count - kLanes);
-    for (int i = 0; i < N; ++i) last.v[i] = as<vf>(vi(as<vi>(last.v[i]) & load<vi>(mask + (count - t) + i * W)));
-    d = d + last;
+  if (t + kLanes <= count) a = a + T::load(in + t), t += kLanes;
+  if (t + kLanes <= count) b = b + T::load(in + t), t += kLanes;
+  if (t + kLanes <= count) c = c + T::load(in + t), t += kLanes;
+  // The last 16 items again, without those already counted.
+  if (t < count) d = d + T::load_last(in + count - kLanes, count - t);
+  return T::fold((a + b) + (c + d));
+}
+
+// Sum of `steps` >= 16 neighbours: chunks in float64, lane by lane.
+template <class T>
+float sum_long_row(const typename T::Item* in, int64_t steps) {
+  double total[8] = {};
+  for (int64_t start = 0; start < steps;) {
+    // A remainder too short for a vector is joined to the chunk before it.
+    const int64_t left = steps - start;
+    const int64_t count = left < kChunkItems + kLanes ? left : kChunkItems;
+    const HalfLanes half = sum_chunk<T>(in + start, count);
+    float lane[8];
+    for (int part = 0; part < N / 2; ++part) dpk_store(lane + part * W, half.v[part]);
+    for (int i = 0; i < 8; ++i) total[i] += double(lane[i]);
+    start += count;
   }
-  return (a + b) + (c + d);
+  return float(tree_sum8(total));
 }
 
 template <class T>
 void channels_first(const void* from, int64_t steps, int64_t stride, int64_t width, float* out, bool accumulate) {
   if (steps < kLanes) return strided<T>(from, steps, 1, stride, width, out, accumulate);
   const auto* in = static_cast<const typename T::Item*>(from);
-  for (int64_t c = 0; c < width; ++c) {
-    const auto* row = in + c * stride;
-    alignas(64) double total[kLanes] = {};
-    int64_t start = 0;
-    while (start < steps) {
-      // A remainder too short for a vector is joined to the chunk before it.
-      const int64_t left = steps - start;
-      const int64_t count = left < kChunkItems + kLanes ? left : kChunkItems;
-      alignas(64) float lanes[kLanes];
-      store_lanes(lanes, sum_chunk<T>(row + start, count));
-      for (int i = 0; i < kLanes; ++i) total[i] += double(lanes[i]);
-      start += count;
+  for (int64_t first = 0; first < width; first += 8) {
+    const int64_t channels = width - first < 8 ? width - first : 8;
+    const auto* rows = in + first * stride;
+    float sums[8];
+    if (steps <= kChunkItems) {
+      HalfLanes half[8] = {};
+      for (int64_t c = 0; c < channels; ++c) half[c] = sum_chunk<T>(rows + c * stride, steps);
+      tree_sums8(half, sums);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) sums[c] = sum_long_row<T>(rows + c * stride, steps);
     }
-    const float sum = float(tree_sum(total));
-    out[c] = accumulate ? out[c] + sum : sum;
+    write(out + first, sums, channels, accumulate);
   }
 }

@@ -25,7 +25,7 @@ DPK_INLINE ChaChaBlocks chacha20_blocks(const ChaChaInput& input, uint32_t first
   for (int i = 0; i < 8; ++i) state[4 + i] = vu{} + input.key[i];
   uint32_t counter[W];
   for (int lane = 0; lane < W; ++lane) counter[lane] = first + uint32_t(lane);
-  state[12] = load<vu>(counter);
+  state[12] = dpk_load<vu>(counter);
   for (int i = 0; i < 3; ++i) state[13 + i] = vu{} + input.nonce[i];
 
   ChaChaBlocks blocks;

@@ -28,9 +28,8 @@ std::tuple<Tensor, Tensor> clip_factors(const Tensor& rows, const Tensor& offset
               "extra_squares must be [", batch, ", ", groups, "]");
   }
 
-  const int64_t sizes[] = {batch, groups};
-  Tensor factors = torch::stable::new_empty(rows, {sizes, 2}, ScalarType::Double);
-  Tensor norms = torch::stable::new_empty(rows, {sizes, 2}, ScalarType::Double);
+  const Tensor factors = empty_cpu({batch, groups}, ScalarType::Double);
+  const Tensor norms = empty_cpu({batch, groups}, ScalarType::Double);
   if (batch == 0) return {factors, norms};
 
   const float* in = rows.const_data_ptr<float>();

@@ -7,14 +7,16 @@ double sum_of_squares(const float* in, int64_t count) {
   int64_t c = 0;
   for (; c + kLanes <= count; c += kLanes) {
     for (int i = 0; i < parts; ++i) {
-      const vd value = __builtin_convertvector(load<vfd>(in + c + i * D), vd);
+      const vd value = __builtin_convertvector(dpk_load<vfd>(in + c + i * D), vd);
       sums[i] += value * value;
     }
   }
   alignas(64) double lanes[kLanes];
-  for (int i = 0; i < parts; ++i) store(lanes + i * D, sums[i]);
+  for (int i = 0; i < parts; ++i) dpk_store(lanes + i * D, sums[i]);
   for (int i = 0; c < count; ++c, ++i) lanes[i] += double(in[c]) * double(in[c]);
-  return tree_sum(lanes);
+  double half[8];
+  for (int i = 0; i < 8; ++i) half[i] = lanes[i] + lanes[i + 8];
+  return tree_sum8(half);
 }
 
 // Adding 1.5 * 2^52 to |x| < 2^51 rounds it to an integer, which then stands in the low bits of the sum.
@@ -42,7 +44,7 @@ DPK_INLINE float largest(const float* in, int64_t count) {
   vi high = {};
   int64_t c = 0;
   for (; c + W <= count; c += W) {
-    const vi magnitude = load<vi>(in + c) & 0x7fffffff;
+    const vi magnitude = dpk_load<vi>(in + c) & 0x7fffffff;
     high = magnitude > high ? magnitude : high;
   }
   int32_t bits = 0;
@@ -65,8 +67,8 @@ void add_rounded(int64_t* total, const float* in, int64_t count, double factor) 
     int64_t c = start;
     if (double(largest(in + start, end - start)) * __builtin_fabs(factor) < kRoundable - 1.0) {
       for (; c + D <= end; c += D) {
-        const vd scaled = __builtin_convertvector(load<vfd>(in + c), vd) * factor;
-        store(total + c, vl(load<vl>(total + c) + floor_to_integer(vd(scaled + 0.5))));
+        const vd scaled = __builtin_convertvector(dpk_load<vfd>(in + c), vd) * factor;
+        dpk_store(total + c, vl(dpk_load<vl>(total + c) + floor_to_integer(vd(scaled + 0.5))));
       }
     }
     for (; c < end; ++c) add_to(total[c], floor_to_integer(double(in[c]) * factor + 0.5));

@@ -1,6 +1,5 @@
 // The release, (total + round(noise_std * z)) * scale with z from ChaCha20, and the key stream itself.
 #include <algorithm>
-#include <cmath>
 
 #include "checks.h"
 #include "cpu/ops.h"
@@ -11,6 +10,12 @@ namespace dpk {
 namespace {
 
 constexpr int64_t kBlocks = 32;  // key-stream blocks made at once: 256 words
+
+// |x| < 2^63
+inline int64_t floor_to_integer(double x) {
+  const auto truncated = static_cast<int64_t>(x);
+  return truncated - (static_cast<double>(truncated) > x);
+}
 
 // Calls use(words, first word's place in the output, how many) for consecutive pieces of words first ... first + count.
 template <class Number, class Make, class Use>
@@ -32,7 +37,7 @@ void for_key_stream(int64_t first, int64_t count, Make make, Use use) {
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64_t first, int64_t count) {
   const ChaChaInput input = chacha_input("random_words", key, step, stream);
   check_range("random_words", first, count);
-  Tensor result = torch::stable::new_empty(key, {&count, 1}, ScalarType::Long);
+  Tensor result = empty_cpu({count}, ScalarType::Long);
   if (count == 0) return result;
   int64_t* out = result.mutable_data_ptr<int64_t>();
   const Kernels& loops = kernels();
@@ -49,11 +54,11 @@ Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int
                  double noise_std, double scale) {
   const ChaChaInput input = chacha_input("noisy_sum", key, step, stream);
   check_contiguous("noisy_sum", "total", total, ScalarType::Long, 1);
-  int64_t count = total.numel();
+  const int64_t count = total.numel();
   check_range("noisy_sum", first, count);
   // |z| <= 9.42, so that a rounded draw fits 64 bits.
   DPK_CHECK("noisy_sum", noise_std >= 0.0 && noise_std < 0x1p59, "noise_std must be in [0, 2^59), not ", noise_std);
-  Tensor result = torch::stable::new_empty(total, {&count, 1}, ScalarType::Float);
+  Tensor result = empty_cpu({count}, ScalarType::Float);
   if (count == 0) return result;
   const int64_t* in = total.const_data_ptr<int64_t>();
   float* out = result.mutable_data_ptr<float>();
@@ -67,7 +72,7 @@ Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int
       [&](double* normals, uint64_t block, int64_t blocks) { loops.normals(normals, input, block, blocks); },
       [&](const double* z, int64_t at, int64_t pieces) {
         for (int64_t i = 0; i < pieces; ++i) {
-          const auto noise = static_cast<int64_t>(std::floor(noise_std * z[i] + 0.5));
+          const int64_t noise = floor_to_integer(noise_std * z[i] + 0.5);
           const auto sum = static_cast<int64_t>(static_cast<uint64_t>(in[at + i]) + static_cast<uint64_t>(noise));
           out[at + i] = static_cast<float>(static_cast<double>(sum) * scale);
         }

@@ -73,18 +73,18 @@ void normals(double* out, const ChaChaInput& input, uint64_t first_block, int64_
     alignas(64) double z[8][W];
     for (int pair = 0; pair < 4; ++pair) {
       uint32_t word[4][W];
-      for (int i = 0; i < 4; ++i) store(word[i], made.word[4 * pair + i]);
+      for (int i = 0; i < 4; ++i) dpk_store(word[i], made.word[4 * pair + i]);
       for (int half = 0; half < W; half += D) {
         vul part[4];
-        for (int i = 0; i < 4; ++i) part[i] = __builtin_convertvector(load<vud>(word[i] + half), vul);
+        for (int i = 0; i < 4; ++i) part[i] = __builtin_convertvector(dpk_load<vud>(word[i] + half), vul);
         const vd u = (to_double(part[1], part[0]) + 1.0) * 0x1p-64;
         const vd square = natural_log(u) * -2.0;
         vd radius;
         for (int i = 0; i < D; ++i) radius[i] = __builtin_sqrt(square[i]);
         vd sine, cosine;
         sine_cosine(part[3], part[2], sine, cosine);
-        store(z[2 * pair] + half, vd(radius * cosine));
-        store(z[2 * pair + 1] + half, vd(radius * sine));
+        dpk_store(z[2 * pair] + half, vd(radius * cosine));
+        dpk_store(z[2 * pair + 1] + half, vd(radius * sine));
       }
     }
     const int64_t lanes = blocks - block < W ? blocks - block : W;
