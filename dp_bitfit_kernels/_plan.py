@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -41,7 +40,8 @@ def plan_sampling(loader: DataLoader[Any], sample_rate: float | None, poisson: b
         return facts.sample_rate, facts.steps, facts.n
     if not 0 < sample_rate <= 1:
         raise SamplingError(f"sample_rate={sample_rate!r} must lie in (0, 1]")
-    return float(sample_rate), max(1, math.ceil(Fraction(1) / Fraction(sample_rate).limit_denominator(10**9))), None
+    # ceil(1/q), forgiving the last bits of a q such as 1/49 that is not a float.
+    return float(sample_rate), max(1, math.ceil((1.0 - 1e-12) / sample_rate)), None
 
 
 def check_delta(delta: float, size: int | None) -> None:

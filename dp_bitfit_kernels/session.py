@@ -82,8 +82,8 @@ class Session:
         if self.ticket is not None or other_draw or ticket.part > (self._next_part if self.draw is not None else 0):
             self._warn_once(
                 "skipped",
-                "a drawn batch was left without a step; nothing of it is used. Leaving out batches by a rule that looks "
-                "at private data voids the guarantee",
+                "a drawn batch was left without a step; nothing of it is used. Leaving out batches by a rule that "
+                "looks at private data voids the guarantee",
             )
         if other_draw:
             self._abandon()
@@ -136,8 +136,8 @@ class Session:
             if self._forwards:
                 raise EngineError(
                     "a second training forward before the step, on a batch without a ticket: a sample in both would "
-                    "count twice; call optimizer.step() first, use the private loader, or `with engine.batch(B):` if the "
-                    f"rows are the same samples; {_EVALUATION}"
+                    "count twice; call optimizer.step() first, use the private loader, or `with engine.batch(B):` if "
+                    f"the rows are the same samples; {_EVALUATION}"
                 )
         elif batch not in layout.leading_sizes(args, kwargs):
             raise BatchLayoutError(
@@ -203,8 +203,8 @@ class Session:
             self.clear_grads()
             self._abandon()
             raise EngineError(
-                f"a raw gradient reached parameter {raw[0]!r} outside a converted layer (the model uses it directly, or "
-                "it was unfrozen after make_private); the draw was dropped and nothing was released. Freeze it: "
+                f"a raw gradient reached parameter {raw[0]!r} outside a converted layer (the model uses it directly, "
+                "or it was unfrozen after make_private); the draw was dropped and nothing was released. Freeze it: "
                 f"convert_model(biases=('*', '!{raw[0]}'))"
             )
 
