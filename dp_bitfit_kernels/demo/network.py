@@ -1,0 +1,67 @@
+"""The public model: a small network with biases in conv, norm and linear layers, pre-trained on glyphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GlyphNet(nn.Module):
+    """Images [B, 1, 16, 16] -> logits [B, 10].
+
+    Few weights and many biases: the wide hidden layer alone has `hidden` of them. Moving a bias moves where its unit
+    switches on, and with many units to choose from that is enough to bend the features to another kind of digit.
+    """
+
+    def __init__(self, channels: int = 32, hidden: int = 2048):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, 5, stride=2, padding=2)
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
+        self.norm2 = nn.GroupNorm(8, 2 * channels)
+        self.hidden = nn.Linear(2 * channels * 16, hidden)
+        self.head = nn.Linear(hidden, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(images)))
+        x = F.relu(self.norm2(self.conv2(x)))
+        x = F.relu(self.hidden(x.flatten(1)))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def pretrain(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    generator: torch.Generator,
+    batch_size: int = 128,
+    peak_rate: float = 2e-3,
+    on_step: Callable[[], object] = lambda: None,
+) -> None:
+    """Ordinary training of all parameters on public images [n, 1, 16, 16]; `on_step` is called after each step."""
+    steps = epochs * (len(images) // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps)
+    model.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for rows in order[: steps // epochs * batch_size].split(batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+            on_step()
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of images [n, 1, 16, 16] whose largest logit is that of the label [n]."""
+    model.eval()
+    return float((model(images).argmax(1) == labels).double().mean())

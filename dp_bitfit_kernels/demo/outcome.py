@@ -1,0 +1,65 @@
+"""What a run of the demonstration is told, and what it found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does. `seed` sets glyphs, initial weights and split; private noise and sampling have no seed."""
+
+    epsilons: tuple[float, ...] = (1.0, 3.0, 8.0)
+    seed: int = 0
+    epochs: int = 20
+    batch_size: int = 700
+    private_rate: float = 0.1
+    plain_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    glyphs: int = 12_000
+    pretrain_epochs: int = 3
+    channels: int = 32
+    hidden: int = 2048
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: a method, the epsilon it really spent (None: no privacy), its test accuracy."""
+
+    method: str
+    epsilon: float | None
+    accuracy: float
+    seconds: float
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All of a run. `reloaded` is the accuracy of a fresh network with the saved biases of `saved_epsilon`."""
+
+    settings: Settings
+    delta: float
+    trained: int
+    total: int
+    before: Row
+    private: list[Row]
+    plain: Row
+    plain_all: list[Row]
+    saved: Path
+    saved_statement: dict[str, Any]
+    reloaded: float
+    figure: Path
+    seconds: float
+    closed: list[float] = field(default_factory=list)
+
+    @property
+    def percent_trained(self) -> float:
+        return 100 * self.trained / self.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a result file; the privacy statement is shortened to what it promises."""
+        plain = asdict(self)
+        plain["saved"], plain["figure"] = self.saved.name, self.figure.name
+        plain["saved_statement"] = {k: v for k, v in self.saved_statement.items() if k != "history"}
+        return plain

@@ -1,0 +1,86 @@
+"""The demonstration, with settings so small that only its machinery is tested, not how well it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+pytest.importorskip("rich")
+pytest.importorskip("tqdm")
+pytest.importorskip("dp_accounting")
+
+import dp_bitfit_kernels as dpk
+from dp_bitfit_kernels import cli
+from dp_bitfit_kernels.demo.digits import handwritten_digits
+from dp_bitfit_kernels.demo.glyphs import digit_fonts, glyph_set, master_glyphs
+from dp_bitfit_kernels.demo.network import GlyphNet
+from dp_bitfit_kernels.demo.outcome import Settings
+from dp_bitfit_kernels.demo.report import print_table
+from dp_bitfit_kernels.demo.run import BIASES_FILE, run_demo
+
+TINY = Settings(
+    epsilons=(8.0, 2.0), epochs=1, plain_rates=(0.01,), glyphs=256, pretrain_epochs=1, hidden=16, channels=8
+)
+
+
+def test_every_font_shows_ten_different_digits() -> None:
+    images, labels = master_glyphs()
+    assert len(images) == 10 * len(digit_fonts()) and len(digit_fonts()) >= 10
+    for font in images.view(-1, 10, images[0].numel()):
+        assert len({tuple(digit.tolist()) for digit in font}) == 10
+    assert labels.view(-1, 10).equal(torch.arange(10).expand(len(digit_fonts()), 10))
+
+
+def test_glyphs_follow_from_the_seed_alone() -> None:
+    first, again, other = glyph_set(64, 1), glyph_set(64, 1), glyph_set(64, 2)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    assert first[0].shape == (64, 1, 16, 16) and first[0].min() >= 0 and first[0].max() <= 1
+
+
+def test_the_test_split_is_held_out() -> None:
+    digits = handwritten_digits(0)
+    train = {image.numpy().tobytes() for image in digits.images}
+    assert not train & {image.numpy().tobytes() for image in digits.test_images}
+    assert len(digits.images) + len(digits.test_images) == 1797
+
+
+def test_the_network_trains_every_bias_and_no_weight() -> None:
+    report = dpk.conversion_report(dpk.convert_model(GlyphNet()))
+    assert set(report.trained) == {name for name, _ in GlyphNet().named_parameters() if name.endswith("bias")}
+
+
+def test_demo_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_demo(TINY, tmp_path)
+    assert [row.method for row in outcome.private] == ["DP-BiTFiT, epsilon = 2", "DP-BiTFiT, epsilon = 8"]
+    for row, target in zip(outcome.private, (2.0, 8.0), strict=True):
+        assert row.epsilon is not None and 0.8 * target < row.epsilon <= target
+    assert outcome.reloaded == outcome.private[-1].accuracy
+    assert outcome.saved_statement["epsilon"] == outcome.private[-1].epsilon
+    assert outcome.saved == tmp_path / BIASES_FILE and outcome.saved.stat().st_size < 16_000
+    assert outcome.figure.read_bytes().startswith(b"\x89PNG")
+    json.dumps(outcome.to_dict())
+    assert "epsilon spent" in capsys.readouterr().err
+    print_table(outcome)
+    assert "gap closed" in capsys.readouterr().out
+
+
+def test_the_saved_biases_fit_only_their_own_network(tmp_path: Path) -> None:
+    saved = run_demo(dataclasses.replace(TINY, epsilons=(8.0,)), tmp_path, quiet=True).saved
+    with pytest.raises(dpk.CheckpointError):
+        dpk.load_biases(GlyphNet(channels=8, hidden=16), saved)
+
+
+@pytest.mark.parametrize("argument", [["--epsilons", "0"], ["--epsilons", "inf"], ["--epochs", "0"], []])
+def test_the_command_refuses_what_has_no_meaning(argument: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo", *argument] if argument else [])
+    assert stopped.value.code == 2
+    assert "usage" in capsys.readouterr().err
