@@ -8,9 +8,10 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
 import sys
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -409,29 +410,33 @@ def test_data_is_synced_before_it_is_moved_and_the_folder_after(
     assert calls == ["file", "replace", "folder"]
 
 
-KILLED = """
-import os, sys, time
-from dp_bitfit_kernels.checkpoint import write_atomically
-def parts():
-    yield b"new" * 100_000
-    print("half", flush=True)
-    time.sleep(60)
-    yield b"rest"
-write_atomically(sys.argv[1], parts())
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes and signals")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_process_killed_in_mid_write_leaves_the_old_checkpoint(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "c"
     write_checkpoint(path, PAYLOAD)
     old = path.read_bytes()
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "half\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
-    process.stdout.close()
+    reader, writer = os.pipe()
+
+    def parts() -> Iterator[bytes]:
+        yield b"new" * 100_000
+        os.write(writer, b"half")
+        time.sleep(60)
+        yield b"rest"
+
+    child = os.fork()
+    if child == 0:
+        try:
+            checkpoint.write_atomically(path, parts())
+        finally:
+            os._exit(1)
+    assert os.read(reader, 4) == b"half"
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    os.close(reader)
+    os.close(writer)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 2, "the child was not killed in the middle of a write"
     assert path.read_bytes() == old
     assert repr(read_checkpoint(path)) == repr(PAYLOAD)
     write_checkpoint(path, {"step": 2})
