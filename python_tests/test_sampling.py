@@ -144,13 +144,14 @@ def test_long_draws_are_cut_into_chunks_of_words(monkeypatch: pytest.MonkeyPatch
 @example(Fraction(1000, 67349))
 @example(1e-8)
 @example(float(np.nextafter(1.0, 0.0)))
+@example(1 - Fraction(1, 10**25))
 @given(st.one_of(st.floats(min_value=1e-15, max_value=1.0), st.fractions(Fraction(1, 10**15), 1)))
 def test_realised_rate_never_exceeds_q(q: float | Fraction) -> None:
     limit = threshold(q)
     assert Fraction(limit, 2**64) <= Fraction(q) < Fraction(limit + 1, 2**64)
     if limit == 2**64:
         return
-    words = [limit - 1, limit, limit + 1, 0, 2**64 - 1, 2**63 - 1, 2**63]
+    words = [limit - 1, limit, min(limit + 1, 2**64 - 1), 0, 2**64 - 1, 2**63 - 1, 2**63]
 
     def fixed(step: int, first: int, count: int) -> Tensor:
         signed = [w - 2**64 if w >= 2**63 else w for w in words]

@@ -1,0 +1,600 @@
+"""Epsilon as an upper bound, and the history it is computed from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from dp_bitfit_kernels import _history, accounting
+from dp_bitfit_kernels._history import History, Segment
+from dp_bitfit_kernels._validate import AccountingError, CheckpointError, EngineError
+from dp_bitfit_kernels.accounting import Accountant, calibrate_noise_multiplier
+
+SST2 = 1000 / 67349
+
+
+def epsilon(kind: str, delta: float, *steps: tuple[float, float, int]) -> float:
+    return Accountant(kind).get_epsilon(delta, steps)
+
+
+# --- epsilon --------------------------------------------------------------------------------------------------------
+
+
+def exact_delta(eps: float, sigma: float, q: float) -> float:
+    """delta(eps) of one Poisson-sampled Gaussian step in closed form, the worse of adding and removing a record.
+
+    The likelihood ratio 1 - q + q exp((x - 1/2) / sigma^2) grows with x, so each integral is over a half-line.
+    """
+
+    def where(ratio: float) -> float:
+        return sigma**2 * math.log((ratio - (1 - q)) / q) + 0.5 if ratio > 1 - q else -math.inf
+
+    def mixed(x: float, tail: Any) -> float:
+        return float((1 - q) * tail(x / sigma) + q * tail((x - 1) / sigma))
+
+    up, down = where(math.exp(eps)), where(math.exp(-eps))
+    removed = mixed(up, stats.norm.sf) - math.exp(eps) * float(stats.norm.sf(up / sigma))
+    added = float(stats.norm.cdf(down / sigma)) - math.exp(eps) * mixed(down, stats.norm.cdf)
+    return max(removed, added)
+
+
+@pytest.mark.parametrize(("sigma", "q"), [(0.6, 0.01), (1.0, 0.2), (3.0, 0.5)])
+def test_one_step_agrees_with_the_closed_form(sigma: float, q: float) -> None:
+    bound = epsilon("pld", 1e-4, (sigma, q, 1))
+    assert exact_delta(bound, sigma, q) <= 1e-4 * (1 + 1e-6)
+    assert exact_delta(bound * 0.99, sigma, q) > 1e-4
+
+
+def gaussian_delta(eps: float, mu: float) -> float:
+    return float(stats.norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * stats.norm.cdf(-mu / 2 - eps / mu))
+
+
+@pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (5.0, 100), (0.5, 3)])
+def test_a_rate_of_one_is_the_plain_gaussian(sigma: float, steps: int) -> None:
+    """Sensitivity 1, not 2: add or remove one record."""
+    mu = math.sqrt(steps) / sigma
+    eps = epsilon("pld", 1e-5, (sigma, 1.0, steps))
+    assert gaussian_delta(eps, mu) == pytest.approx(1e-5, rel=1e-3)
+    assert epsilon("rdp", 1e-5, (sigma, 1.0, steps)) >= eps
+
+
+@pytest.mark.parametrize("delta", [1e-5, 1e-8, 1e-11])
+def test_rounding_in_the_convolutions_never_undercuts(delta: float) -> None:
+    """Numerical composition of 400 Gaussian steps, whose exact epsilon is known, down to tiny deltas."""
+    mu = math.sqrt(400) / 20
+    numeric = accounting._pld_epsilon(((20.0, 1.0, 400),), delta)
+    exact = accounting._gaussian_epsilon(mu, delta)
+    assert exact * (1 - 1e-9) <= numeric <= exact * 1.02
+
+
+def test_deltas_below_the_rounding_error_fall_back_to_renyi() -> None:
+    steps = (1.0, 0.01, 10_000)
+    assert epsilon("pld", 1e-12, steps) == epsilon("rdp", 1e-12, steps) > epsilon("pld", 1e-9, steps)
+
+
+GRID = [
+    (sigma, q, steps)
+    for sigma, q, steps in [
+        (0.5, SST2, 202),
+        (0.6, 0.001, 10_000),
+        (0.8, 0.01, 1000),
+        (1.0, 0.1, 100),
+        (1.0, 0.0001, 100_000),
+        (2.0, 0.001, 100_000),
+        (4.0, 0.5, 50),
+        (10.0, 0.001, 100_000),  # losses of a step far below 1e-3: a fixed grid of 1e-3 gives three times too much
+        (0.5, 1e-6, 10_000_000),  # losses too many for any affordable grid
+        (0.2, 0.01, 20),
+    ]
+]
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps"), GRID)
+def test_pld_is_at_most_rdp_and_not_far_below(sigma: float, q: float, steps: int) -> None:
+    pld, rdp = (epsilon(kind, 1e-6, (sigma, q, steps)) for kind in ("pld", "rdp"))
+    assert pld <= rdp * 1.001
+    assert pld >= rdp * (0.1 if q < 1e-3 else 0.6)
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps"), [(0.6, 0.001, 10_000), (1.0, 0.0001, 100_000)])
+def test_pld_agrees_with_an_independent_accountant(sigma: float, q: float, steps: int) -> None:
+    prv = pytest.importorskip("opacus.accountants").PRVAccountant()
+    prv.history = [(sigma, q, steps)]
+    other = prv.get_epsilon(1e-6, eps_error=0.01, delta_error=1e-9)
+    assert epsilon("pld", 1e-6, (sigma, q, steps)) == pytest.approx(other, abs=0.02)
+
+
+def test_pld_exceeds_the_clt_approximation_that_is_refused() -> None:
+    """q = 0.001, sigma = 0.6, 10,000 steps: the CLT claims 1.5."""
+    assert epsilon("pld", 1e-5, (0.6, 0.001, 10_000)) > 2.3
+
+
+@pytest.mark.parametrize("kind", ["pld", "rdp"])
+def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise_and_delta(kind: str) -> None:
+    base = epsilon(kind, 1e-5, (1.0, 0.01, 100))
+    assert epsilon(kind, 1e-5, (1.0, 0.01, 101)) > base
+    assert epsilon(kind, 1e-5, (1.0, 0.011, 100)) > base
+    assert epsilon(kind, 1e-5, (1.01, 0.01, 100)) < base
+    assert epsilon(kind, 1e-4, (1.0, 0.01, 100)) < base
+    assert epsilon(kind, 1e-5, (1.0, 0.01, 100), (5.0, 1.0, 1)) > base
+
+
+@pytest.mark.parametrize("kind", ["pld", "rdp"])
+def test_no_step_costs_nothing_and_a_step_without_noise_everything(kind: str) -> None:
+    accountant = Accountant(kind)
+    assert accountant.get_epsilon(1e-5) == 0.0
+    accountant.charge(1.0, 0.01)
+    assert 0 < accountant.get_epsilon(1e-5) < math.inf
+    assert accountant.get_epsilon(1e-5, [(0.0, 0.01, 1)]) == math.inf
+    accountant.charge(0.0, 0.01)
+    assert accountant.get_epsilon(1e-5) == math.inf
+
+
+def test_tiny_rates_do_not_round_to_no_cost() -> None:
+    """Renyi divergences of about 1e-16 come out negative, which dp-accounting reads as epsilon = 0."""
+    for kind in ("pld", "rdp"):
+        assert epsilon(kind, 1e-10, (1.0, 1e-8, 1_000_000)) > 5e-5
+
+
+@pytest.mark.parametrize("kind", ["pld", "rdp"])
+def test_the_order_of_releases_does_not_matter(kind: str) -> None:
+    mixed, sorted_ = Accountant(kind), Accountant(kind)
+    for i in range(20):
+        mixed.charge(1.0 + i % 2, 0.01)
+        sorted_.charge(1.0 + i // 10, 0.01)
+    assert len(mixed.history.segments) == 20
+    assert len(sorted_.history.segments) == 2
+    assert mixed.get_epsilon(1e-5) == sorted_.get_epsilon(1e-5)
+    assert sorted_.get_epsilon(1e-5) == epsilon(kind, 1e-5, (1.0, 0.01, 10), (2.0, 0.01, 10))
+
+
+@pytest.mark.parametrize("kind", ["pld", "rdp"])
+def test_a_noise_schedule_is_bounded_from_above(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = accounting.group([], [(1.5 * 0.8 ** (i / 12), 0.05, 1) for i in range(12)])
+    exact = accounting._epsilon.__wrapped__(kind, groups, 1e-5)
+    monkeypatch.setattr(accounting, "_EXACT_GROUPS", 8)
+    assert len(accounting._merge_nearly_equal(groups)) < 12
+    merged = accounting._epsilon.__wrapped__(kind, groups, 1e-5)
+    assert exact < merged <= (1.06 if kind == "pld" else 1.15) * exact  # rdp: fewer orders, too
+
+
+def test_a_schedule_of_rates_is_bounded_from_above() -> None:
+    groups = accounting.group([], [(1.0 + i / 100, 0.01 + i / 1000, 1) for i in range(60)])
+    merged = accounting._merge_nearly_equal(groups)
+    assert sum(n for _, _, n in merged) == 60
+    assert len(merged) < 60
+    for i, (sigma, q, _) in enumerate(groups):
+        assert any(s <= sigma < s * 1.031 and q <= r < q * 1.031 for s, r, _ in merged), i
+    assert accounting._merge_nearly_equal(groups[:32]) == groups[:32]
+
+
+@pytest.mark.parametrize("kind", ["gdp", "clt", "prv", ""])
+def test_other_accountants_are_refused(kind: str) -> None:
+    with pytest.raises(AccountingError, match="accountant"):
+        Accountant(kind)
+    with pytest.raises(AccountingError, match="accountant"):
+        calibrate_noise_multiplier(target_epsilon=1, target_delta=1e-5, sample_rate=0.1, steps=1, kind=kind)
+
+
+@pytest.mark.parametrize("delta", [0, 1, -1e-5, math.nan, None])
+def test_impossible_deltas_are_refused(delta: Any) -> None:
+    with pytest.raises(AccountingError, match="delta"):
+        Accountant().get_epsilon(delta)
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "name"),
+    [
+        (-1.0, 0.1, "noise_multiplier"),
+        (math.nan, 0.1, "noise_multiplier"),
+        (math.inf, 0.1, "noise_multiplier"),
+        (1.0, 0.0, "sample_rate"),
+        (1.0, 1.1, "sample_rate"),
+        (1.0, math.nan, "sample_rate"),
+        ("1", 0.1, "noise_multiplier"),
+    ],
+)
+def test_impossible_charges_are_refused_by_name(noise: Any, rate: Any, name: str) -> None:
+    accountant = Accountant()
+    with pytest.raises(AccountingError, match=name):
+        accountant.charge(noise, rate)
+    assert accountant.history.total_steps == 0
+
+
+def test_dp_accounting_warns_and_we_do_not() -> None:
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("absl")
+    logger.addHandler(handler)
+    level = logger.level
+    try:
+        rdp_privacy_accountant._compute_log_a(0.5, 50.0, 1.1)
+        assert "failed to converge" in records.pop().getMessage()
+        epsilon("rdp", 1e-5, (50.0, 0.5, 3))
+        assert not records
+        assert logger.level == level
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_missing_dp_accounting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    accounting._dp_accounting.cache_clear()
+    with pytest.raises(AccountingError, match="pip install dp-accounting"):
+        epsilon("pld", 1e-5, (1.2345, 0.1, 7))
+    accounting._dp_accounting.cache_clear()
+
+
+def test_importing_the_accounting_does_not_import_dp_accounting() -> None:
+    code = (
+        "import sys, dp_bitfit_kernels.accounting; sys.exit('dp_accounting' in sys.modules or 'scipy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "q", "steps", "delta"),
+    [
+        (0.3, SST2, 202, 1e-5),
+        (3.0, SST2, 202, 1e-5),
+        (8.0, 0.1, 30, 1e-6),
+        (1.0, 1.0, 10, 1e-5),
+        (0.5, 0.001, 5_000, 1e-6),
+    ],
+)
+@pytest.mark.parametrize("kind", ["pld", "rdp"])
+def test_calibrated_noise_meets_the_target_closely(
+    kind: str, target: float, q: float, steps: int, delta: float
+) -> None:
+    sigma = calibrate_noise_multiplier(target_epsilon=target, target_delta=delta, sample_rate=q, steps=steps, kind=kind)
+    accountant = Accountant(kind)
+    for _ in range(min(steps, 300)):
+        accountant.charge(sigma, q)
+    rest = steps - accountant.history.total_steps
+    assert 0.99 * target < accountant.get_epsilon(delta, [(sigma, q, rest)]) <= target
+    assert accountant.get_epsilon(delta, [(sigma, q, rest + max(1, steps // 20))]) > target
+
+
+def test_pld_needs_less_noise_than_rdp() -> None:
+    pld, rdp = (
+        calibrate_noise_multiplier(target_epsilon=3.0, target_delta=1e-5, sample_rate=SST2, steps=202, kind=kind)
+        for kind in ("pld", "rdp")
+    )
+    assert 0.85 * rdp < pld < 0.97 * rdp
+
+
+@pytest.mark.parametrize("kind", ["pld", "rdp"])
+@pytest.mark.parametrize("target", [1e-2, 200.0])
+def test_extreme_targets_are_met(kind: str, target: float) -> None:
+    settings_: dict[str, Any] = {"target_delta": 1e-5, "sample_rate": 0.01, "steps": 100, "kind": kind}
+    sigma = calibrate_noise_multiplier(target_epsilon=target, **settings_)
+    assert epsilon(kind, 1e-5, (sigma, 0.01, 100)) <= target
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"target_epsilon": 0}, "target_epsilon"),
+        ({"target_epsilon": math.inf}, "target_epsilon"),
+        ({"target_epsilon": -1.0}, "target_epsilon"),
+        ({"target_delta": 0.0}, "target_delta"),
+        ({"target_delta": 1.0}, "target_delta"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"sample_rate": 0.0}, "sample_rate"),
+        ({"sample_rate": 1.2}, "sample_rate"),
+        ({"target_epsilon": 1e-12, "target_delta": 1e-12, "sample_rate": 1.0, "steps": 10**6}, "target_epsilon"),
+    ],
+)
+def test_impossible_targets_are_refused_by_name(change: dict[str, Any], name: str) -> None:
+    good: dict[str, Any] = {"target_epsilon": 1.0, "target_delta": 1e-5, "sample_rate": 0.1, "steps": 10}
+    with pytest.raises(AccountingError, match=name):
+        calibrate_noise_multiplier(**(good | change))
+
+
+# --- the history ----------------------------------------------------------------------------------------------------
+
+
+def charged(history: History, *pairs: tuple[float, float]) -> History:
+    for noise, rate in pairs:
+        history.charge(noise, rate)
+    return history
+
+
+def releases(segments: list[Segment]) -> dict[tuple[str, int], tuple[float, float]]:
+    """Every release by (run, number); fails on one that is recorded twice."""
+    result: dict[tuple[str, int], tuple[float, float]] = {}
+    for s in segments:
+        for number in range(s.first, s.first + s.count):
+            assert (s.run, number) not in result
+            result[s.run, number] = (s.noise_multiplier, s.sample_rate)
+    return result
+
+
+def test_equal_releases_are_run_length_coded() -> None:
+    history = charged(History(), (1.0, 0.1), (1.0, 0.1), (2.0, 0.1), (1.0, 0.1))
+    assert [(s.first, s.count) for s in history.segments] == [(0, 2), (2, 1), (3, 1)]
+    assert history.total_steps == 4
+    assert len({s.run for s in history.segments}) == 1
+
+
+def test_resume_keeps_the_history_and_epsilon_never_falls() -> None:
+    """Save, lose, load an old and then a new checkpoint: nothing that was released is forgotten or counted twice."""
+    accountant = Accountant()
+    spent = [0.0]
+    for _ in range(3):
+        charged(accountant.history, *[(1.0, 0.05)] * 5)
+        spent.append(accountant.get_epsilon(1e-5))
+    old = json.loads(json.dumps(accountant.history.to_list()))
+    charged(accountant.history, *[(1.0, 0.05)] * 4)
+    new = json.loads(json.dumps(accountant.history.to_list()))
+
+    resumed = Accountant(history=History.from_list(old))
+    assert resumed.get_epsilon(1e-5) == spent[-1]
+    charged(resumed.history, *[(1.0, 0.05)] * 2)
+    spent.append(resumed.get_epsilon(1e-5))
+    for values, total in ((old, 17), (new, 21), (old, 21), (new, 21)):
+        resumed.history.merge(History.from_list(values).segments)
+        assert resumed.history.total_steps == total
+        spent.append(resumed.get_epsilon(1e-5))
+    assert spent == sorted(spent)
+    assert spent[-1] == epsilon("pld", 1e-5, (1.0, 0.05, 21))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 12), st.integers(1, 8)), max_size=5), max_size=4)
+)
+def test_merge_is_the_exact_union(histories: list[list[tuple[str, int, int]]]) -> None:
+    """Whatever pieces of runs are merged in whatever order, each (run, number) is there exactly once."""
+    merged = History()
+    expected: set[tuple[str, int]] = set()
+    for pieces in histories:
+        # noise changes inside a run, so that segments cannot all be joined
+        segments = [Segment(r, i, 1, 1.0 + i // 4, 0.1) for r, first, n in pieces for i in range(first, first + n)]
+        merged.merge(segments)
+        expected |= {(s.run, s.first) for s in segments}
+        assert set(releases(merged.segments)) == expected
+        assert merged.total_steps == len(expected)
+    long = [Segment(r, f, n, 3.0, 0.1) for pieces in histories for r, f, n in pieces]
+    other = History()
+    other.merge(long)
+    assert set(releases(other.segments)) == {(s.run, i) for s in long for i in range(s.first, s.first + s.count)}
+
+
+def test_histories_that_contradict_each_other_are_refused() -> None:
+    history = charged(History(), (1.0, 0.1), (1.0, 0.1))
+    (segment,) = history.segments
+    forged = Segment(segment.run, 1, 5, 50.0, 0.1)
+    with pytest.raises(CheckpointError, match="release 1 of run"):
+        history.merge([forged])
+    assert history.segments == [segment]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        [],
+        "x",
+        {"run": "a", "first": 0, "count": 1, "noise_multiplier": 1.0},
+        {"run": "a", "first": 0, "count": 0, "noise_multiplier": 1.0, "sample_rate": 0.1},
+        {"run": "a", "first": -1, "count": 1, "noise_multiplier": 1.0, "sample_rate": 0.1},
+        {"run": "a", "first": 0, "count": 1, "noise_multiplier": -1.0, "sample_rate": 0.1},
+        {"run": "a", "first": 0, "count": 1, "noise_multiplier": math.nan, "sample_rate": 0.1},
+        {"run": "a", "first": 0, "count": 1, "noise_multiplier": 1.0, "sample_rate": 7},
+        {"run": 1, "first": 0, "count": 1, "noise_multiplier": 1.0, "sample_rate": 0.1},
+    ],
+)
+def test_records_that_make_no_sense_are_refused(value: Any) -> None:
+    with pytest.raises(CheckpointError):
+        History.from_list([value])
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h))])
+def test_a_copy_charges_under_its_own_run(clone: Any) -> None:
+    history = charged(History(), (1.0, 0.1))
+    twin = clone(history)
+    assert twin.segments == history.segments
+    charged(history, (1.0, 0.1))
+    charged(twin, (1.0, 0.1))
+    history.merge(twin.segments)
+    assert history.total_steps == 3
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """Wait status of a forked child that does `work`; 0 only if it returned."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_a_forked_process_charges_under_its_own_run(tmp_path: Path) -> None:
+    history = charged(History(tmp_path / "h"), (1.0, 0.1))
+    assert in_a_child(lambda: history.charge(1.0, 0.1)) == 0
+    charged(history, (1.0, 0.1))
+    history.close()
+    assert len(releases(History(tmp_path / "h").segments)) == 3
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "history.jsonl"
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def test_a_charge_is_on_disk_before_it_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(len(path.read_text()) if path.exists() else 0)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    history = History(path)
+    for n in range(1, 4):
+        before = len(synced)
+        history.charge(1.0, 0.1)
+        assert len(lines(path)) == 1 + n
+        assert len(synced) > before
+        assert synced[-1] == len(path.read_text())  # synced after the last byte was written
+
+
+def test_a_killed_process_loses_no_release(path: Path) -> None:
+    def work() -> None:
+        accountant = Accountant(path=path)
+        for _ in range(5):
+            accountant.charge(1.5, 0.25)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WTERMSIG(in_a_child(work)) == signal.SIGKILL
+    accountant = Accountant(path=path)  # the lock died with the process
+    assert accountant.history.total_steps == 5
+    accountant.charge(1.5, 0.25)
+    assert accountant.get_epsilon(1e-5) == epsilon("pld", 1e-5, (1.5, 0.25, 6))
+
+
+def test_a_file_is_continued_exactly(path: Path) -> None:
+    first = charged(History(path), (1.0, 0.1), (0.1 + 0.2, SST2))
+    segments = first.segments
+    first.close()
+    second = charged(History(path), (1.0, 0.1))
+    assert second.segments[:2] == segments
+    assert second.segments[2].run != segments[0].run
+    second.merge([Segment("ab", 0, 7, 2.0, 0.5), segments[0]])
+    second.close()
+    assert History(path).total_steps == 10
+
+
+def test_a_file_torn_anywhere_counts_every_release(path: Path) -> None:
+    charged(History(path), (1.0, 0.1), (2.0, 0.2), (3.0, 0.3)).close()
+    whole = path.read_bytes()
+    header, *records = whole.splitlines(keepends=True)
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        read = whole[:end].count(b"\n") - 1  # whole records
+        torn = whole[:end].rpartition(b"\n")[2] if end > len(header) else b""
+        parseable = torn + b"\n" in records
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            history = History(path)
+        assert any("torn" in str(w.message) for w in caught) == (bool(torn) and not parseable)
+        # The very first record has none before it to be counted like; no noise was drawn for it either.
+        total = max(read, 0) + (bool(torn) and (parseable or read > 0))
+        assert history.total_steps == total
+        history.charge(1.0, 0.1)
+        history.close()
+        again = History(path)
+        assert again.total_steps == total + 1  # mended for good
+        again.close()
+
+
+@pytest.mark.parametrize("damage", [b"garbage\n", b'{"run": "a"}\n', b"\xff\xfe\n", b"\n"])
+def test_a_damaged_middle_is_refused_and_left_alone(path: Path, damage: bytes) -> None:
+    charged(History(path), (1.0, 0.1), (1.0, 0.1)).close()
+    data = path.read_bytes().splitlines(keepends=True)
+    broken = b"".join([*data[:2], damage, *data[2:]])
+    path.write_bytes(broken)
+    with pytest.raises(CheckpointError, match="line 3"):
+        History(path)
+    assert path.read_bytes() == broken
+
+
+@pytest.mark.parametrize("content", [b"hello", b"hello\n", b"\x00" * 20, b'{"format": "other", "version": 1}\n', b"\n"])
+def test_a_foreign_file_is_refused_and_left_alone(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a history file"):
+        History(path)
+    assert path.read_bytes() == content
+
+
+def test_an_edited_file_that_counts_a_release_twice_is_refused(path: Path) -> None:
+    charged(History(path), (1.0, 0.1), (1.0, 0.1)).close()
+    data = path.read_bytes()
+    path.write_bytes(data + data.splitlines(keepends=True)[-1])
+    with pytest.raises(CheckpointError, match="twice"):
+        History(path)
+
+
+def test_a_file_has_one_writer(path: Path) -> None:
+    history = charged(History(path), (1.0, 0.1))
+    with pytest.raises(EngineError, match="in use"):
+        History(path)
+
+    def second() -> None:
+        with pytest.raises(EngineError, match="in use by another engine or process"):
+            History(path)
+
+    assert in_a_child(second) == 0
+    history.close()
+    with pytest.raises(EngineError, match="closed"):
+        history.charge(1.0, 0.1)
+    assert charged(History(path), (1.0, 0.1)).total_steps == 2
+
+
+def test_a_history_with_a_file_is_not_pickled(path: Path) -> None:
+    with pytest.raises(EngineError, match="pickled"):
+        pickle.dumps(History(path))
+
+
+def test_a_full_disk_stops_the_releases_and_keeps_the_file_readable(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = charged(History(path), (1.0, 0.1), (1.0, 0.1))
+    real = os.write
+    calls: list[int] = []
+
+    def write(fd: int, data: bytes) -> int:
+        calls.append(fd)
+        if len(calls) == 1:
+            return real(fd, data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_history.os, "write", write)
+    with pytest.raises(CheckpointError, match="No space left"):
+        history.charge(1.0, 0.1)
+    monkeypatch.setattr(_history.os, "write", real)
+    with pytest.raises(EngineError, match="closed"):
+        history.charge(1.0, 0.1)
+    with pytest.warns(RuntimeWarning, match="torn"):
+        assert History(path).total_steps == 3
+
+
+def test_a_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing"):
+        History(tmp_path / "missing" / "history.jsonl")
