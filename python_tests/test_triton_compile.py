@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import struct
 import subprocess
@@ -25,6 +26,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from dp_bitfit_kernels import kernels  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 ARCHITECTURES = (80, 90, 100)
 MODULES = ("bias_grad", "clip_factors", "clipped_sum", "noisy_sum", "random_words")
@@ -98,7 +101,7 @@ CASES = (
     Case("image_bf16", kernels.bias_grad, (channels_first(64, 3136, 64, dtype=BF16),), 4, 80),
     Case("image_float32", kernels.bias_grad, (channels_first(64, 196, 256, dtype=torch.float32),), 8, 80),
     Case("image_7x7", kernels.bias_grad, (channels_first(64, 49, 512, dtype=BF16),), 0, 192),
-    Case("every_second", kernels.bias_grad, (meta(8, 512, 1536)[..., ::2],), 0, 96),
+    Case("every_second", kernels.bias_grad, (meta(8, 512, 1536)[..., ::2],), 0, 192),
     Case(
         "beyond_2^31",
         kernels.bias_grad,
@@ -109,9 +112,10 @@ CASES = (
     Case("one_group", kernels.clip_factors, clip_arguments(64, 300_000, 1, None), 4, 64),
     Case("layers", kernels.clip_factors, clip_arguments(64, 300_000, 200, 0.01), 4, 128),
     Case("one_group", kernels.clipped_sum_, sum_arguments(64, 300_000, 1), 8, 80, 2),
-    Case("layers", kernels.clipped_sum_, sum_arguments(64, 300_000, 200), 8, 160, 2),
+    Case("layers", kernels.clipped_sum_, sum_arguments(64, 300_000, 200), 4, 168, 2),
     Case("aligned", kernels.noisy_sum, (meta(300_000, dtype=torch.int64), *stream(0), 1.0, 1.0), 4, 80, 2),
     Case("slice", kernels.noisy_sum, (meta(1001, dtype=torch.int64), *stream(2**32 + 3), 1.0, 1.0), 0, 80),
+    Case("odd_first", kernels.random_words, (*stream(9), 100), 0, 64),
     Case("words", kernels.random_words, (*stream(0), 67_349), 0, 64),
 )
 
@@ -225,9 +229,11 @@ def test_noise_constants_are_whole_doubles(monkeypatch: pytest.MonkeyPatch) -> N
     case = next(c for c in CASES if c.op is kernels.noisy_sum)
     (launch,) = record(case, monkeypatch)
     ptx = compile_launch(launch, 90).asm["ptx"]
-    constants = [v.value for k, v in vars(module).items() if re.fullmatch(r"[A-Z]+\w*", k) and hasattr(v, "value")]
+    constants = [v.value for v in vars(module).values() if isinstance(v, triton.language.constexpr)]
     assert len(constants) == 25
     for constant in constants:
-        # A sign may have moved into a subtraction.
-        digits = {struct.pack(">d", sign * constant).hex().upper() for sign in (1.0, -1.0)}
-        assert any(f"0d{d}" in ptx for d in digits), constant
+        # A sign may have moved into a subtraction, a >= may have become a >.
+        digits = {f"0d{struct.pack('>d', sign * constant).hex().upper()}" for sign in (1.0, -1.0)}
+        if isinstance(constant, int):
+            digits = {str(constant), str(constant - 1)}
+        assert any(d in ptx for d in digits), constant

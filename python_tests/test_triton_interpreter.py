@@ -123,6 +123,15 @@ def test_a_row_that_is_not_finite_is_selected_to_zero(case: GroupCase, odd: floa
     assert torch.equal(total, masked)
 
 
+def test_factors_of_a_row_do_not_depend_on_the_batch() -> None:
+    rows, offsets = make_rows(GROUP_CASES[1])
+    one, mask = torch.ones(1, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    factors, norms = kernels.clip_factors(rows, offsets, mask, one, one, None, 1.0, 0.01)
+    alone = kernels.clip_factors(rows[2:], offsets, mask[2:], one, one, None, 1.0, 0.01)
+    assert torch.equal(alone[0], factors[2:]) and torch.equal(alone[1], norms[2:])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_a_norm_that_overflows_only_by_its_scale_is_dropped() -> None:
     rows = torch.full((2, 4), 3e38)
     rows[1] = 1.0

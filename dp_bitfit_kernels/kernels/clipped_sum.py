@@ -11,9 +11,11 @@ from dp_bitfit_kernels._validate import OpError
 from dp_bitfit_kernels.kernels.checks import check_rows, check_tensor
 from dp_bitfit_kernels.kernels.plan import alignment, cdiv, on_device_of, pow2_up
 
-# 128 threads with one 16-byte load a row each; eight rows are in flight at once.
+# 128 threads with one 16-byte load a row each; eight rows are in flight at once. With several groups a row also
+# takes a gather of its factors, four float64 a thread: half the rows, to stay in registers.
 TILE = 512
 ROWS = 8
+ROWS_GROUPED = 4
 
 
 @triton.jit(do_not_specialize=["B", "P", "L", "stride_r"])
@@ -95,7 +97,7 @@ def clipped_sum_(total: Tensor, rows: Tensor, offsets: Tensor, factors: Tensor) 
             rows.stride(0),
             ONE_GROUP=groups == 1,
             ALIGN=alignment(rows.element_size(), width, rows.stride(0)),
-            BLOCK_B=ROWS,
+            BLOCK_B=ROWS if groups == 1 else ROWS_GROUPED,
             BLOCK=TILE,
             SEARCH=pow2_up(groups).bit_length() - 1,
             num_warps=4,

@@ -18,7 +18,7 @@ from dp_bitfit_kernels.kernels.plan import alignment, on_device_of
 
 TWO_M61 = tl.constexpr(2.0**-61)
 TWO_M64 = tl.constexpr(2.0**-64)
-SQRT_2 = tl.constexpr(1.4142135623730951)
+SQRT_2_BITS = tl.constexpr(0x3FF6A09E667F3BCD)
 PI_4 = tl.constexpr(0.7853981633974483)
 # fdlibm e_log.c
 LN2_HI = tl.constexpr(6.93147180369123816490e-01)
@@ -50,8 +50,9 @@ def log_uniform(b_word):
     """Natural logarithm of ``(word + 1) * 2^-64``, in [-64 ln 2, 0]: float64 from uint64."""
     v = (b_word.to(tl.float64) + 1.0) * TWO_M64
     bits = v.to(tl.int64, bitcast=True)
-    m = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
-    upper = m >= SQRT_2
+    m_bits = (bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000
+    upper = m_bits >= SQRT_2_BITS  # as integers: Triton 3.6 rounds the constant of a float comparison to float32
+    m = m_bits.to(tl.float64, bitcast=True)
     m = tl.where(upper, m * 0.5, m)
     k = ((bits >> 52) - 1023 + upper.to(tl.int64)).to(tl.float64)
     g = m - 1.0

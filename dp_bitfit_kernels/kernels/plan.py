@@ -7,8 +7,8 @@ the card: a sample's row has the same bits whatever it is batched with (design, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -65,7 +65,8 @@ TARGET_PROGRAMS = 512
 LONGEST_CHAIN = 128
 
 
-def plan_bias_grad(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> BiasGradPlan:
+@lru_cache(maxsize=4096)
+def plan_bias_grad(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> BiasGradPlan:
     """Tile and split of ``bias_grad`` for ``shape`` = (B, T, p) and ``strides`` in elements; T, p >= 1."""
     _, t, p = shape
     stride_b, stride_t, stride_p = strides
