@@ -73,6 +73,14 @@ def test_padded_batches_give_the_release_of_unpadded_ones():
     torch.testing.assert_close(*out, rtol=0, atol=1e-7)
 
 
+def test_a_released_sum_is_gone():
+    engine, model, optimizer, loader = private(small_model(), sigma=0.0, sample_rate=1.0, bound=0.05)
+    first = flat(model)
+    run(model, optimizer, loader)
+    assert not torch.equal(flat(model), first)
+    assert not engine._session.ledger.total.any()
+
+
 def test_noise_schedule_is_charged_as_used():
     engine, model, optimizer, loader = private(small_model(), sigma=2.0, n=24, batch=8)
     for step, (x, y) in enumerate(loader):

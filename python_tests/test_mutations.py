@@ -1,0 +1,39 @@
+"""The mutation suite: each known sabotage must turn a test red (see mutation/sabotages.py)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MUTATION = Path(__file__).parent / "mutation"
+sys.path.insert(0, str(MUTATION))
+
+from sabotages import SABOTAGES  # noqa: E402
+
+pytestmark = pytest.mark.mutation
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, object]]:
+    done = subprocess.run(
+        [sys.executable, str(MUTATION / "driver.py")], stdout=subprocess.PIPE, text=True, check=True, timeout=1500
+    )
+    return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("name", [s.name for s in SABOTAGES])
+def test_sabotage_turns_a_test_red(name, outcomes):
+    outcome = outcomes[name]
+    assert outcome["code"] == 1, f"pytest's exit status was {outcome['code']}, not 1:\n{outcome['tail']}"
+
+
+def test_names_are_unique_and_sources_found():
+    package = Path(__file__).parent.parent / "dp_bitfit_kernels"
+    assert len({s.name for s in SABOTAGES}) == len(SABOTAGES)
+    for sabotage in SABOTAGES:
+        assert (package / sabotage.file).read_text().count(sabotage.old) == 1, sabotage.name
