@@ -21,9 +21,9 @@ from ._validate import AccountingError, CheckpointError, EngineError
 from .accounting import Accountant, calibrate_noise_multiplier
 from .clipping import ClippingMethod, resolve
 from .ledger import Ledger, find_entries
-from .noise import STREAM_SAMPLER, KeySource
+from .noise import STREAM_SAMPLER, KeySource, delta_slack, epsilon_slack
 from .optimizer import PrivateOptimizer, check_parameters
-from .sampling import DrawCounter, PrivateDataLoader, loader_facts
+from .sampling import DrawCounter, PrivateDataLoader, Ticket, loader_facts
 from .session import Session
 
 _FORMAT = "dp-bitfit-checkpoint"
@@ -84,6 +84,7 @@ class PrivacyEngine:
         self._public_size: int | None = None
         self._clipping: ClippingMethod | None = None
         self._earlier = self.accountant.history.total_steps
+        self._noise_steps = 0  # drawn under this key before the running session
 
     def make_private(
         self,
@@ -152,6 +153,12 @@ class PrivacyEngine:
         backend = backends.select(entries[0].layers[0][0].backend, entries[0].parameter.device)
         plan = method.plan(groups(entries))
         loader: DataLoader[Any] | PrivateDataLoader = data_loader
+
+        def on_ticket(ticket: Ticket) -> None:
+            if self._session is not session:  # it samples at another rate than the running session charges
+                raise EngineError("this private loader belongs to a detached engine: use that of the last make_private")
+            session.on_ticket(ticket)
+
         if poisson_sampling:
             loader = self._loader = PrivateDataLoader(
                 data_loader,
@@ -160,12 +167,12 @@ class PrivacyEngine:
                 max_physical_batch_size=max_physical_batch_size,
                 pad_physical_batches=pad,
                 words=self._sampler_words,
-                on_ticket=lambda ticket: self._running.on_ticket(ticket),
+                on_ticket=on_ticket,
                 draw_counter=self._draws,
             )
         ledger = Ledger(module, entries, plan, backend)
         ledger.privacy_statement = self.privacy_statement
-        self._session = Session(
+        session = self._session = Session(
             module,
             ledger,
             self._keys,
@@ -176,6 +183,7 @@ class PrivacyEngine:
             mean_reduction=loss_reduction == "mean",
             loss_scale=loss_scale,
         )
+        session.skip_noise(self._noise_steps)
         self._clipping, self._public_size = method, public
         self._hook = module.register_forward_pre_hook(_ForwardHook(self._session), with_kwargs=True)
         self._optimizer = PrivateOptimizer(optimizer, self._session, method.sensitivity)
@@ -271,12 +279,14 @@ class PrivacyEngine:
         """What may be published about this run: plain values, JSON-ready."""
         session, delta = self._running, delta if delta is not None else self._target_delta
         assert self._clipping is not None
+        epsilon = None if delta is None else self.get_epsilon(delta)
         return {
             "private": True,
             "mechanism": "DP-SGD, Poisson-sampled Gaussian, rounded to an integer grid",
             "adjacency": "add or remove one record",
-            "epsilon": None if delta is None else json_number(self.get_epsilon(delta)),
+            "epsilon": None if epsilon is None else json_number(epsilon),
             "delta": delta,
+            "numerical_slack": self._slack(epsilon),
             "accountant": self.accountant.kind,
             "clipping": self._clipping.name,
             "max_grad_norm": self._clipping.sensitivity,
@@ -287,6 +297,15 @@ class PrivacyEngine:
             "history": self.accountant.history.to_list(),
         }
 
+    def _slack(self, epsilon: float | None) -> dict[str, float] | None:
+        """What float64 noise of 64-bit words may add to epsilon and delta: ``noise.delta_slack``'s bound."""
+        steps = self.accountant.history.total_steps
+        if epsilon is None or not math.isfinite(epsilon) or not steps:
+            return None
+        sigma = max(s.noise_multiplier for s in self.accountant.history.segments)
+        width = self._running.ledger.width
+        return {"epsilon": epsilon_slack(sigma, width, steps), "delta": delta_slack(sigma, width, steps, epsilon)}
+
     def detach(self) -> None:
         """Give the model back to plain training; the accountant keeps its history."""
         session = self._running
@@ -294,6 +313,7 @@ class PrivacyEngine:
             warnings.warn("detach() drops a draw that was not released", stacklevel=2)
         self._hook.remove()
         session.ledger.detach()
+        self._noise_steps = session.noise_steps
         self._session = self._optimizer = self._loader = None
         self._earlier = self.accountant.history.total_steps
 
