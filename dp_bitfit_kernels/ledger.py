@@ -99,8 +99,9 @@ def find_entries(model: nn.Module) -> list[Entry]:
 @dataclass
 class _Slab:
     rows: Tensor  # [B, P] float32
-    leaves: list[Tensor]  # per entry [B, p]
+    parts: list[Tensor]  # per entry [B, p], views of rows
     mask: Tensor  # [B] bool
+    leaves: list[Tensor] = field(default_factory=list)  # per entry [B, p], of the open batch alone
     contributions: list[Contribution] = field(default_factory=list)
     clean_version: int = 0
 
@@ -110,6 +111,7 @@ class Ledger:
 
     Guarantees (design, sections 4 and 5): a row that is masked or not finite contributes exactly 0; every
     other row contributes an integer vector whose norm is at most ``clipping.GRID``; the sum over rows is exact.
+    The graph of an earlier batch, kept by the user, never reaches the rows of a later one.
     """
 
     def __init__(self, model: nn.Module, entries: Sequence[Entry], plan: clipping.ClipPlan, backend: Backend):
@@ -160,6 +162,7 @@ class Ledger:
             batch: B, physical rows.
             mask: [B] bool, False for rows that contribute nothing; None for all True.
         """
+        self.close()
         slab = self._slab
         if slab is None or slab.rows.shape[0] != batch:
             slab = self._slab = self._allocate(batch)
@@ -171,7 +174,12 @@ class Ledger:
         else:
             slab.mask.copy_(mask)
         slab.clean_version = slab.rows._version
-        for entry, leaf in zip(self.entries, slab.leaves, strict=True):
+        for entry, part in zip(self.entries, slab.parts, strict=True):
+            # Shares memory with the rows, not their version counter; its value is never read. A new one for each
+            # batch, so that a backward through the graph of an earlier batch finds a leaf that leads nowhere.
+            leaf = part.data.requires_grad_()
+            leaf.grad = part
+            slab.leaves.append(leaf)
             for layer, attribute in entry.layers:
                 layer.__dict__[attribute] = leaf
         self._open = True
@@ -182,13 +190,8 @@ class Ledger:
             self._storage = torch.empty(batch * self.width, dtype=torch.float32, device=self.device)
         rows = self._storage[: batch * self.width].view(batch, self.width)
         rows.zero_()
-        leaves = []
-        for entry in self.entries:
-            part = rows[:, entry.start : entry.stop]
-            leaf = part.data.requires_grad_()  # shares memory, not the version counter; its value is never read
-            leaf.grad = part
-            leaves.append(leaf)
-        return _Slab(rows, leaves, torch.ones(batch, dtype=torch.bool, device=self.device))
+        parts = [rows[:, entry.start : entry.stop] for entry in self.entries]
+        return _Slab(rows, parts, torch.ones(batch, dtype=torch.bool, device=self.device))
 
     def zero_rows(self) -> None:
         """Forget what was backpropagated into the open batch; it stays open."""
@@ -207,6 +210,10 @@ class Ledger:
     def close(self) -> None:
         """Take the leaves away: a training forward outside a batch is then refused by the layers."""
         self._open = False
+        if self._slab is not None:
+            for leaf in self._slab.leaves:
+                leaf.grad = None
+            self._slab.leaves.clear()
         for layer in self.layers:
             layer.__dict__.pop("bias_rows", None)
             layer.__dict__.pop("weight_rows", None)

@@ -111,7 +111,11 @@ class PrivateOptimizer(Optimizer):
             )
         if not self._session.absorb():
             return False
-        self._session.release()
+        try:
+            self._session.release()
+        except BaseException:  # no charge or no noise: the sum must not stay behind for the next release
+            self._session.abandon()
+            raise
         try:
             self.original_optimizer.step()
         finally:

@@ -58,6 +58,7 @@ class Session:
         self._declared = False  # inside engine.batch(B)
         self._forwards = 0
         self._proven = False
+        self._proven_for: int | None = None  # where all samples were alike, the proof is for this batch size only
         self._warned: set[str] = set()
         for parameter in model.parameters():
             parameter.grad = None
@@ -86,7 +87,7 @@ class Session:
                 "looks at private data voids the guarantee",
             )
         if other_draw:
-            self._abandon()
+            self.abandon()
         self.ticket = ticket
         self._declared, self._forwards = False, 0
         self.ledger.open(ticket.size, ticket.mask)
@@ -145,7 +146,7 @@ class Session:
                 f"(found {sorted(layout.leading_sizes(args, kwargs))}); {_EVALUATION}"
             )
         self._forwards += 1
-        if not self._proven:
+        if not self._proven and batch != self._proven_for:
             self._prove(args, kwargs, batch)
 
     def _prove(self, args: Any, kwargs: Any, batch: int) -> None:
@@ -157,13 +158,14 @@ class Session:
             )
             return
         try:
-            layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
+            self._proven = layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
         except BatchLayoutError:
-            self._abandon()
+            self.abandon()
             raise
-        self._proven = True
+        self._proven_for = batch
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """Drop the open batch and the sum of its draw."""
         self.ledger.discard()
         self.ticket, self.draw, self._next_part = None, None, 0
 
@@ -187,7 +189,11 @@ class Session:
                 "step() without a backward of the private model since the last step: nothing was backpropagated, or "
                 "the forward ran under torch.no_grad()"
             )
-        self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
+        try:
+            self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
+        except BaseException:  # also an interrupt: what may be half added is never added again
+            self.abandon()
+            raise
         ticket, self.ticket = self.ticket, None
         self._declared = False
         if ticket is None:
@@ -201,7 +207,7 @@ class Session:
         raw = [name for name, parameter in self.model.named_parameters() if parameter.grad is not None]
         if raw:
             self.clear_grads()
-            self._abandon()
+            self.abandon()
             raise EngineError(
                 f"a raw gradient reached parameter {raw[0]!r} outside a converted layer (the model uses it directly, "
                 "or it was unfrozen after make_private); the draw was dropped and nothing was released. Freeze it: "
@@ -240,5 +246,9 @@ class Session:
         return int(self._step.item())
 
     def continue_from(self, noise_steps: int, releases: int) -> None:
-        self._step.fill_(max(noise_steps, self.noise_steps))
+        self.skip_noise(noise_steps)
         self.releases = releases
+
+    def skip_noise(self, steps: int) -> None:
+        """Start the noise counter after ``steps`` that were drawn under the same key."""
+        self._step.fill_(max(steps, self.noise_steps))
