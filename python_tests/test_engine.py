@@ -72,7 +72,7 @@ def test_step_equals_oracle(clipping, reduction):
         layers = [n.rpartition(".")[0] for n in names]
         sizes = [dict(model.named_parameters())[n].numel() for n in names]
         parts, start, bounds = {}, 0, 0.05 / len(set(layers)) ** 0.5
-        for layer, size in zip(layers, sizes):
+        for layer, size in zip(layers, sizes, strict=True):
             parts.setdefault(layer, []).append(rows[:, start : start + size])
             start += size
         want = torch.cat([oracle.clipped_sum(torch.cat(v, 1), bounds) for v in parts.values()])
@@ -193,3 +193,73 @@ def test_wrong_layout_refused_by_name(model, dims, name):
         return
     with pytest.raises(dpk.BatchLayoutError, match=name):
         F.cross_entropy(model(x), y).backward()
+
+
+class Pooled(nn.Module):
+    """Right for [T, B, 6] only: pools over its first dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.inner(x).mean(0)
+
+
+class Attending(nn.Module):
+    """Right for [T, B, 6] only: attends over its first dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.inner(x).transpose(0, 1)
+        return torch.softmax(h @ h.transpose(1, 2), -1) @ h
+
+
+class Contrastive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.inner(x)
+        return torch.log_softmax(h @ h.t(), 0)[:, :3]
+
+
+@pytest.mark.parametrize("model", [Pooled(), Attending(), Contrastive()])
+def test_samples_must_stay_apart(model):
+    # T = B, so that no shape tells a sequence-first input from a batch-first one.
+    first = not isinstance(model, Contrastive)
+    _, model, _, loader = private(model, n=4, batch=4, dims=(4, 6) if first else (6,), sample_rate=1.0)
+    x, _ = next(iter(loader))
+    with pytest.raises(dpk.BatchLayoutError, match=r"sequence-first"):
+        model(x.transpose(0, 1) if first else x)
+
+
+def test_dropout_is_no_mixing():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    _, model, optimizer, loader = private(model, sample_rate=1.0)
+    x, y = next(iter(loader))
+    state = torch.get_rng_state()
+    F.cross_entropy(model.train()(x), y).backward()
+    torch.set_rng_state(state)
+    assert optimizer.step()
+
+
+def test_the_proof_leaves_the_generator_alone():
+    out = []
+    for attach in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5))
+        x = torch.randn(4, 6)
+        if attach:
+            private(model, n=4)
+            torch.manual_seed(4)
+            with pytest.warns(UserWarning, match="sample rate 1"):
+                out.append(model(x).detach())
+        else:
+            torch.manual_seed(4)
+            out.append(model(x).detach())
+    assert torch.equal(*out)

@@ -201,7 +201,7 @@ SABOTAGES = (
     Sabotage(
         "the layout is guessed from one batch",
         "session.py",
-        "        if not self._proven:\n",
+        "        if not self._proven and batch != self._proven_for:\n",
         "        if False:\n",
         (f"{ENGINE}::test_wrong_layout_refused_by_name",),
     ),
@@ -211,6 +211,13 @@ SABOTAGES = (
         "output.shape[0] != batch + 1",
         "output.shape[0] < 0",
         (f"{ENGINE}::test_wrong_layout_refused_by_name",),
+    ),
+    Sabotage(
+        "samples may mix",
+        "layout.py",
+        "if bool(((a - b).abs()[finite] > 1e-4 * size).any()):",
+        "if False:",
+        (f"{ENGINE}::test_samples_must_stay_apart",),
     ),
     Sabotage(
         "BatchNorm learns from private batches",
@@ -286,8 +293,8 @@ SABOTAGES = (
     Sabotage(
         "the sample rate is rounded up",
         "sampling.py",
-        "chunk.cpu().contiguous().numpy().view(np.uint64)\n        found.append(np.flatnonzero(unsigned < np.uint64(limit))",
-        "chunk.cpu().contiguous().numpy().view(np.uint64)\n        found.append(np.flatnonzero(unsigned <= np.uint64(limit))",
+        "found.append(np.flatnonzero(unsigned < np.uint64(limit))",
+        "found.append(np.flatnonzero(unsigned <= np.uint64(limit))",
         ("test_sampling.py::test_realised_rate_never_exceeds_q",),
     ),
     Sabotage(
