@@ -168,7 +168,7 @@ def _require_apart(outputs: list[list[Tensor]], batch: int) -> None:
         size = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
         if bool(((a - b).abs()[finite] > 1e-4 * size).any()):
             raise BatchLayoutError(
-                "the output for a sample changes with another of the batch: the inputs are sequence-first, "
-                "or the model mixes samples (batch statistics, attention or a loss across the batch). Per-sample gradients "
+                "the output for a sample changes with another of the batch: the inputs are sequence-first, or the "
+                "model mixes samples (batch statistics, attention or a loss across the batch). Per-sample gradients "
                 "do not exist for such a model"
             )
