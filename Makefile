@@ -50,5 +50,6 @@ bench: $(TEST_MODULE)
 	$(PYTHON) -m pytest bench -s
 
 wheel: $(BUILT)
+	rm -rf build/lib* build/bdist*
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist

@@ -15,7 +15,7 @@ SCRIPTS = str(Path(sys.executable).parent)  # the environment's own cmake and ni
 
 
 class CMakeBuild(build_ext):
-    """Builds every extension through CMakeLists.txt; without a compiler the install is pure Python."""
+    """Builds every extension through CMakeLists.txt; where CMake finds no compiler, the install is pure Python."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -23,14 +23,16 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja", path=SCRIPTS) or shutil.which("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         build = ROOT / "build" / ("cmake-ninja" if ninja else "cmake")
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DDP_BITFIT_OUTPUT_DIRECTORY={target.parent}"]
         try:
             if cmake is None:
                 raise FileNotFoundError("cmake was not found")
-            options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DDP_BITFIT_OUTPUT_DIRECTORY={target.parent}"]
             subprocess.run([cmake, "-S", ROOT, "-B", build, *generator, *options], check=True)
-            subprocess.run([cmake, "--build", build, "--target", target.name.split(".")[0], "--parallel"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             self.warn(f"{ext.name} is left out, the PyTorch and Triton backends serve instead: {error}")
+            target.unlink(missing_ok=True)
+            return
+        subprocess.run([cmake, "--build", build, "--target", target.name.split(".")[0], "--parallel"], check=True)
 
 
 setup(

@@ -24,7 +24,7 @@ from bench.timing import interleave
 from dp_bitfit_kernels import backends
 
 sys.path.insert(0, str(Path(ROOT) / "csrc" / "tests"))
-import native_internals  # noqa: E402  (lives beside the sources of the module that it builds)
+import native_internals  # beside the sources of the module that it builds
 
 THREADS = (1, 2)
 TARGET = 0.7  # of the read's bandwidth, for tensors beyond the last cache
@@ -117,8 +117,8 @@ def line(name: str, record: dict[str, Any]) -> str:
         return head + record["failed"]
     speed, share = record["gigabytes_per_second"], record["share_of_read"]
     return head + (
-        f"{record['bytes'] / 2**20:7.2f} MiB  {record['milliseconds']['native']:8.3f} ms  native {speed['native']:5.1f} GB/s  "
-        f"read {speed['read']:5.1f}  torch.sum {speed['torch_sum']:5.1f}  "
+        f"{record['bytes'] / 2**20:7.2f} MiB  {record['milliseconds']['native']:8.3f} ms  "
+        f"native {speed['native']:5.1f} GB/s  read {speed['read']:5.1f}  torch.sum {speed['torch_sum']:5.1f}  "
         f"share {share['value']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
     )
 

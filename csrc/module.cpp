@@ -15,7 +15,10 @@ STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CPU, m) {
 }
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition{};
+  definition.m_base = PyModuleDef_HEAD_INIT;
+  definition.m_name = "_C";
+  definition.m_size = -1;
   PyObject* module = PyModule_Create(&definition);
   // The vector width in use, for environment reports.
   if (module != nullptr) PyModule_AddStringConstant(module, "isa", dpk::kernels().name);

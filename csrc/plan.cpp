@@ -24,13 +24,15 @@ BiasGradPlan plan_bias_grad(int64_t batch, int64_t steps, int64_t features, int6
                             int64_t stride_features, int64_t item_bytes) {
   BiasGradPlan plan{};
   plan.layout = choose_layout(features, stride_steps, stride_features);
-  // A lone sample is cut in columns, so that a second thread has work; whole cache lines of 16 columns.
+  // A lone sample is cut in two, so that a second thread has work. Tiles are whole vectors of 16 columns; a remainder
+  // shorter than a vector joins the last tile, so that a column's loop, and so its bits, depend on features alone.
   int64_t tile = std::min(features, kMaxTile);
-  if (batch == 1 && features > 16 && steps * features * item_bytes > 2 * kBytesPerThread) {
+  if (batch == 1 && features >= 32 && steps * features * item_bytes > 2 * kBytesPerThread) {
     tile = std::min(tile, divide_up(divide_up(features, 2), 16) * 16);
   }
   plan.tile = std::max<int64_t>(1, tile);
-  plan.tiles = divide_up(features, plan.tile);
+  plan.tiles = features / plan.tile;
+  if (features % plan.tile >= 16 || plan.tiles == 0) ++plan.tiles;
   plan.grain = plan_grain(steps * plan.tile * item_bytes);
   return plan;
 }

@@ -10,12 +10,12 @@ enum class Layout : int { features_last, channels_first, strided };
 
 struct BiasGradPlan {
   Layout layout;
-  int64_t tile;   // columns of one work item
+  int64_t tile;   // columns of one work item; the last of a sample has up to 15 more, never a few alone
   int64_t tiles;  // work items of one sample
   int64_t grain;  // least number of work items for one thread
 };
 
-// The widest tile a bias_grad kernel takes: its sums stay in the first-level cache.
+// The widest tile: its sums stay in the first-level cache. A kernel takes up to 15 columns more.
 constexpr int64_t kMaxTile = 1024;
 // Below this many bytes for one thread, waking another costs more than it brings.
 constexpr int64_t kBytesPerThread = 1 << 16;

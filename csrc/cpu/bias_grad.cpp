@@ -8,20 +8,15 @@ namespace dpk {
 namespace {
 
 Type element_type(const Tensor& grad) {
-  switch (grad.scalar_type()) {
-    case ScalarType::Float: return Type::float32;
-    case ScalarType::BFloat16: return Type::bfloat16;
-    case ScalarType::Half: return Type::float16;
-    default:
-      STD_TORCH_CHECK(false, "dp_bitfit_kernels.bias_grad: grad must be float32, bfloat16 or float16, not ",
-                      dtype_name(grad.scalar_type()));
-  }
+  const ScalarType type = grad.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "bias_grad",
+        "grad must be float32, bfloat16 or float16, not ", dtype_name(type));
+  return type == ScalarType::Float ? Type::float32 : type == ScalarType::BFloat16 ? Type::bfloat16 : Type::float16;
 }
 
 void check_grad(const Tensor& grad) {
-  STD_TORCH_CHECK(grad.is_cpu(), "dp_bitfit_kernels.bias_grad: grad must be on the CPU");
-  STD_TORCH_CHECK(grad.dim() == 3, "dp_bitfit_kernels.bias_grad: grad must be [B, T, p], not of ", grad.dim(),
-                  " dimensions");
+  check(grad.is_cpu(), "bias_grad", "grad must be on the CPU");
+  check(grad.dim() == 3, "bias_grad", "grad must be [B, T, p], not of ", grad.dim(), " dimensions");
 }
 
 // rows [B, p] with any row stride and column stride 1; grad [B, T, p] with any strides.
@@ -41,7 +36,8 @@ void reduce(const Tensor& rows, const Tensor& grad, bool accumulate) {
   torch::stable::parallel_for(0, batch * plan.tiles, plan.grain, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t sample = item / plan.tiles, column = item % plan.tiles * plan.tile;
-      const int64_t width = column + plan.tile <= features ? plan.tile : features - column;
+      const bool last = item % plan.tiles == plan.tiles - 1;
+      const int64_t width = last ? features - column : plan.tile;
       const void* from = in + (sample * stride_batch + column * stride_features) * bytes;
       float* to = out + sample * stride_rows + column;
       switch (plan.layout) {
@@ -71,8 +67,8 @@ Tensor bias_grad(const Tensor& grad) {
 void bias_grad_(const Tensor& rows, const Tensor& grad) {
   check_grad(grad);
   check_rows("bias_grad_", rows);
-  DPK_CHECK("bias_grad_", rows.size(0) == grad.size(0) && rows.size(1) == grad.size(2), "rows [", rows.size(0), ", ",
-            rows.size(1), "] do not fit grad [", grad.size(0), ", ", grad.size(1), ", ", grad.size(2), "]");
+  check(rows.size(0) == grad.size(0) && rows.size(1) == grad.size(2), "bias_grad_", "rows [", rows.size(0), ", ",
+        rows.size(1), "] do not fit grad [", grad.size(0), ", ", grad.size(1), ", ", grad.size(2), "]");
   reduce(rows, grad, true);
 }
 

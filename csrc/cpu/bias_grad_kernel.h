@@ -1,5 +1,6 @@
 // Sums over time. Every chain of float32 additions is short: groups of rows are added as a tree, group sums into a
-// chunk in float32, chunks into float64. The order is fixed by the shape, so neither threads nor width change a bit.
+// chunk in float32, chunks into float64; what has no vectors is summed in float64 at once. The order is fixed by the
+// shape, so neither threads nor vector width change a bit.
 
 constexpr int64_t kChunkRows = 128;            // features last: at most 16 groups of 8 rows in float32
 constexpr int64_t kChunkItems = 32 * 4 * kLanes;  // channels first: at most 32 additions in each of 64 lanes
@@ -39,25 +40,16 @@ DPK_INLINE void write(float* out, const float* sums, int64_t width, bool accumul
   }
 }
 
-// Any strides, one column after the other; the same groups and chunks as features_last.
+// Any strides, one column after the other, in float64.
 template <class T>
 void strided(const void* from, int64_t steps, int64_t stride_steps, int64_t stride_features, int64_t width, float* out,
              bool accumulate) {
   const auto* in = static_cast<const typename T::Item*>(from);
   for (int64_t c = 0; c < width; ++c) {
-    const auto at = [&](int64_t t) { return T::scalar(in[t * stride_steps + c * stride_features]); };
-    double total = 0.0;
-    for (int64_t start = 0; start < steps; start += kChunkRows) {
-      const int64_t end = steps - start < kChunkRows ? steps : start + kChunkRows;
-      float chunk = 0.0f;
-      int64_t t = start;
-      for (; t + 8 <= end; t += 8) {
-        chunk += ((at(t) + at(t + 1)) + (at(t + 2) + at(t + 3))) + ((at(t + 4) + at(t + 5)) + (at(t + 6) + at(t + 7)));
-      }
-      for (; t < end; ++t) chunk += at(t);
-      total += chunk;
-    }
-    out[c] = accumulate ? out[c] + float(total) : float(total);
+    double sums[4] = {};
+    for (int64_t t = 0; t < steps; ++t) sums[t % 4] += double(T::scalar(in[t * stride_steps + c * stride_features]));
+    const float sum = float((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    out[c] = accumulate ? out[c] + sum : sum;
   }
 }
 
@@ -65,8 +57,8 @@ template <class T>
 void features_last(const void* from, int64_t steps, int64_t stride, int64_t width, float* out, bool accumulate) {
   if (width < kLanes) return strided<T>(from, steps, stride, 1, width, out, accumulate);
   const auto* in = static_cast<const typename T::Item*>(from);
-  alignas(64) float chunk[kMaxTile + kLanes];
-  alignas(64) double total[kMaxTile + kLanes];
+  alignas(64) float chunk[kMaxTile + 2 * kLanes];
+  alignas(64) double total[kMaxTile + 2 * kLanes];
   const int64_t slots = (width + kLanes - 1) / kLanes * kLanes;
   if (steps == 0) __builtin_memset(chunk, 0, size_t(slots) * sizeof(float));
   for (int64_t start = 0; start < steps; start += kChunkRows) {
@@ -83,7 +75,7 @@ void features_last(const void* from, int64_t steps, int64_t stride, int64_t widt
   if (steps > kChunkRows) {
     for (int64_t c = 0; c < slots; ++c) chunk[c] = float(total[c]);
   }
-  float sums[kMaxTile];
+  float sums[kMaxTile + kLanes];
   for (int64_t c = 0; c + kLanes <= width; c += kLanes) T::store(sums + c, Float32::load(chunk + c));
   if (width % kLanes != 0) T::store(sums + width - kLanes, Float32::load(chunk + slots - kLanes));
   write(out, sums, width, accumulate);

@@ -19,13 +19,13 @@ std::tuple<Tensor, Tensor> clip_factors(const Tensor& rows, const Tensor& offset
   check_contiguous(op, "mask", mask, ScalarType::Bool, 1);
   check_contiguous(op, "bounds", bounds, ScalarType::Double, 1);
   check_contiguous(op, "grid", grid, ScalarType::Double, 1);
-  DPK_CHECK("clip_factors", mask.numel() == batch, "mask must have one element a row, ", batch, ", not ", mask.numel());
-  DPK_CHECK("clip_factors", bounds.numel() == groups && grid.numel() == groups,
-            "bounds and grid must have one element a group, ", groups, ", not ", bounds.numel(), " and ", grid.numel());
+  check(mask.numel() == batch, op, "mask must have one element a row, ", batch, ", not ", mask.numel());
+  check(bounds.numel() == groups && grid.numel() == groups, op, "bounds and grid must have one element a group, ",
+        groups, ", not ", bounds.numel(), " and ", grid.numel());
   if (extra_squares) {
     check_contiguous(op, "extra_squares", *extra_squares, ScalarType::Double, 2);
-    DPK_CHECK("clip_factors", extra_squares->size(0) == batch && extra_squares->size(1) == groups,
-              "extra_squares must be [", batch, ", ", groups, "]");
+    check(extra_squares->size(0) == batch && extra_squares->size(1) == groups, op, "extra_squares must be [", batch,
+          ", ", groups, "]");
   }
 
   const Tensor factors = empty_cpu({batch, groups}, ScalarType::Double);

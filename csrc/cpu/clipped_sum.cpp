@@ -13,10 +13,9 @@ void clipped_sum_(const Tensor& total, const Tensor& rows, const Tensor& offsets
   const int64_t groups = offsets.numel() - 1;
   check_contiguous(op, "total", total, ScalarType::Long, 1);
   check_contiguous(op, "factors", factors, ScalarType::Double, 2);
-  DPK_CHECK("clipped_sum_", total.numel() == columns, "total must have one element a column, ", columns, ", not ",
-            total.numel());
-  DPK_CHECK("clipped_sum_", factors.size(0) == batch && factors.size(1) == groups, "factors must be [", batch, ", ",
-            groups, "]");
+  check(total.numel() == columns, op, "total must have one element a column, ", columns, ", not ",
+        total.numel());
+  check(factors.size(0) == batch && factors.size(1) == groups, op, "factors must be [", batch, ", ", groups, "]");
 
   const float* in = rows.const_data_ptr<float>();
   const int64_t stride = rows.stride(0);
@@ -26,7 +25,8 @@ void clipped_sum_(const Tensor& total, const Tensor& rows, const Tensor& offsets
   const Kernels& loops = kernels();
   constexpr int64_t tile = 512;  // 4 KiB of total stays in the first-level cache while the rows pass
 
-  torch::stable::parallel_for(0, (columns + tile - 1) / tile, plan_grain(batch * tile * 4), [&](int64_t begin, int64_t end) {
+  const int64_t tiles = (columns + tile - 1) / tile;
+  torch::stable::parallel_for(0, tiles, plan_grain(batch * tile * 4), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t left = item * tile, right = left + tile < columns ? left + tile : columns;
       for (int64_t i = 0; i < batch; ++i) {

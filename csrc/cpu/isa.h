@@ -16,7 +16,7 @@ struct ChaChaInput {
 struct Kernels {
   const char* name;
 
-  // out[c] = (or += when accumulate) sum over t < steps of in[t * stride + c], c < width <= kMaxTile
+  // out[c] = (or += when accumulate) sum over t < steps of in[t * stride + c], c < width < kMaxTile + 16
   void (*features_last[kTypes])(const void* in, int64_t steps, int64_t stride, int64_t width, float* out,
                                 bool accumulate);
   // out[c] = (or +=) sum over t < steps of in[c * stride + t], c < width

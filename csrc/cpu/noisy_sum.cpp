@@ -56,8 +56,8 @@ Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int
   check_contiguous("noisy_sum", "total", total, ScalarType::Long, 1);
   const int64_t count = total.numel();
   check_range("noisy_sum", first, count);
-  // |z| <= 9.42, so that a rounded draw fits 64 bits.
-  DPK_CHECK("noisy_sum", noise_std >= 0.0 && noise_std < 0x1p59, "noise_std must be in [0, 2^59), not ", noise_std);
+  // Above this a float64 no longer holds noise_std * z + 0.5 to a small part of one grid cell.
+  check(noise_std >= 0.0 && noise_std <= 0x1p40, "noisy_sum", "noise_std must lie in [0, 2^40], not ", noise_std);
   Tensor result = empty_cpu({count}, ScalarType::Float);
   if (count == 0) return result;
   const int64_t* in = total.const_data_ptr<int64_t>();

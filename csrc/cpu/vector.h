@@ -187,7 +187,8 @@ DPK_INLINE Number tree_sum8(const Number (&lane)[8]) {
 DPK_INLINE void tree_sums8(const HalfLanes (&half)[8], float (&sums)[8]) {
 #if defined(__AVX2__)
   const auto four = [&](int i) __attribute__((always_inline)) {
-    return _mm256_hadd_ps(_mm256_hadd_ps(half[i].v[0], half[i + 1].v[0]), _mm256_hadd_ps(half[i + 2].v[0], half[i + 3].v[0]));
+    return _mm256_hadd_ps(_mm256_hadd_ps(half[i].v[0], half[i + 1].v[0]),
+                          _mm256_hadd_ps(half[i + 2].v[0], half[i + 3].v[0]));
   };
   const __m256 a = four(0), b = four(4);
   dpk_store(sums, vf(_mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31)));
