@@ -31,7 +31,8 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None
     flag("--epochs", type=int, default=3, help="expected passes over the training set")
     flag("--batch-size", type=int, default=1024, help="expected size of a Poisson draw, or plain batch size")
     flag("--max-physical-batch-size", type=int, default=64, help="records held in memory at once")
-    flag("--lr", type=float, default=2e-3, help="peak learning rate of the biases; it decays linearly to 0")
+    flag("--lr", type=float, default=2e-3, help="peak learning rate of the biases")
+    flag("--warmup", type=float, default=0.1, help="share of the run in which rates rise; then they fall linearly to 0")
     flag("--head-lr", type=float, help="learning rate of the head (default: that of the biases)")
     flag("--max-grad-norm", type=float, default=1.0)
     flag("--clipping", default="automatic", choices=("automatic", "flat", "per_layer"))
@@ -135,7 +136,10 @@ def train(
             max_physical_batch_size=args.max_physical_batch_size,
         )
     total = args.epochs * len(loader)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda release: max(0.0, 1 - release / total))
+    warmup = max(1, round(args.warmup * total))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda release: min((release + 1) / warmup, max(0.0, 1 - release / total))
+    )
     if folder.resuming:
         done = _load(folder, model, optimizer, scheduler, engine)
     before, start = folder.seconds_before(), time.perf_counter()

@@ -74,23 +74,27 @@ class Sentences(Dataset[tuple[list[int], int]]):
 
 
 class PooledClassifier(nn.Module):
-    """Mean over tokens, normalised per sentence (no parameters, no other record involved), then a linear head.
+    """Mean over tokens of each of the last `layers` hidden states, normalised per sentence, then a linear head.
 
-    The head starts at zero. `scale` sets how much of a sample's clipped gradient belongs to the head's weight.
+    The normalisation has no parameters and sees no other record. The head starts at zero. `scale` sets how much of a
+    sample's clipped gradient belongs to the head's weight.
     """
 
-    def __init__(self, encoder: nn.Module, classes: int, scale: float):
+    def __init__(self, encoder: nn.Module, classes: int, layers: int, scale: float):
         super().__init__()
-        self.encoder, self.scale = encoder, scale
-        self.head = nn.Linear(encoder.config.hidden_size, classes)
+        if hasattr(encoder, "pooler"):
+            encoder.pooler = None  # not used here; its bias would only receive noise
+        self.encoder, self.layers, self.scale = encoder, layers, scale / layers**0.5
+        self.head = nn.Linear(layers * encoder.config.hidden_size, classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, d]
-        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * weight).sum(1) / weight.sum(1)
-        return F.layer_norm(pooled, pooled.shape[-1:]) * self.scale
+        """-> [B, layers * d]."""
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        weight = attention_mask.unsqueeze(-1) / attention_mask.sum(1).view(-1, 1, 1)  # [B, T, 1]
+        pooled = [(state * weight).sum(1) for state in output.hidden_states[-self.layers :]]  # each [B, d]
+        return torch.cat([F.layer_norm(state, state.shape[-1:]) for state in pooled], dim=1) * self.scale
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.head(self.features(input_ids, attention_mask))
@@ -107,7 +111,7 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def load_model(name: str, classes: int, scale: float) -> tuple[nn.Module, Any, str]:
+def load_model(name: str, classes: int, layers: int = 1, scale: float = 1.0) -> tuple[nn.Module, Any, str]:
     """-> (model, tokenizer, name of the head)."""
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -118,7 +122,7 @@ def load_model(name: str, classes: int, scale: float) -> tuple[nn.Module, Any, s
         model = AutoModelForSequenceClassification.from_pretrained(path, **options)
         head = next(name for name in HEADS if hasattr(model, name))
     else:
-        model, head = PooledClassifier(AutoModel.from_pretrained(path), classes, scale), "head"
+        model, head = PooledClassifier(AutoModel.from_pretrained(path), classes, layers, scale), "head"
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the noise of the releases regularises enough
@@ -126,10 +130,13 @@ def load_model(name: str, classes: int, scale: float) -> tuple[nn.Module, Any, s
 
 
 def label_head(model: PooledClassifier, data: Sentences, tokenizer: Any, phrases: list[str], strength: float) -> None:
-    """Start the head from one phrase a class instead of from zero: it reads no private record and costs no epsilon."""
-    ids = tokenizer(phrases)["input_ids"]
+    """Start the head from phrases of each class, not from zero: reads no private record, so it costs no epsilon."""
+    features = []
     with torch.no_grad():
-        features = model.features(**data.collate([(phrase, 0) for phrase in ids])[0])
+        for of_class in phrases:
+            ids = tokenizer([phrase.strip() for phrase in of_class.split(";")])["input_ids"]
+            features.append(model.features(**data.collate([(phrase, 0) for phrase in ids])[0]).mean(0))
+        features = torch.stack(features)
         directions = F.normalize(features - features.mean(0), dim=-1)  # [classes, d]
         model.head.weight.copy_(directions * strength / model.scale)
 
@@ -144,9 +151,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-column", default="sentence")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--max-length", type=int, default=64, help="tokens; longer sentences are cut")
-    parser.add_argument("--feature-scale", type=float, default=1.0, help="of the pooled vector, after normalisation")
-    parser.add_argument("--label-phrases", help="one phrase a class, separated by |, in label order: starts the head")
-    parser.add_argument("--label-strength", type=float, default=0.5, help="norm of a class's start direction")
+    parser.add_argument("--pool-layers", type=int, default=1, help="pool so many of the last layers, side by side")
+    parser.add_argument("--feature-scale", type=float, default=0.3, help="of the pooled vector, after normalisation")
+    parser.add_argument("--label-phrases", help="starts the head: phrases of each class, 'a; b | c; d', in label order")
+    parser.add_argument("--label-strength", type=float, default=0.25, help="norm of a class's start direction")
     add_training_flags(parser)
     args = parser.parse_args(arguments)
     if not args.dataset and not (args.train and args.dev):
@@ -167,7 +175,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.limit:
         keep = torch.randperm(len(texts), generator=torch.Generator().manual_seed(args.seed))[: args.limit].tolist()
         texts, labels = [texts[i] for i in keep], [labels[i] for i in keep]
-    model, tokenizer, head = load_model(args.model, len(classes), args.feature_scale)
+    model, tokenizer, head = load_model(args.model, len(classes), args.pool_layers, args.feature_scale)
     data = Sentences(tokenizer, texts, [classes.index(label) for label in labels], args.max_length)
     dev_data = Sentences(tokenizer, dev[0], [classes.index(label) for label in dev[1]], args.max_length)
     dev_batches = [dev_data.collate(dev_data.records[i : i + 64]) for i in range(0, len(dev_data), 64)]

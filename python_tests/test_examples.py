@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -82,7 +83,7 @@ def test_text_private_run_leaves_log_biases_and_result(text: ModuleType, text_fl
     assert json.loads((out / "result.json").read_text())["accuracy"] == result["accuracy"]
     events = [json.loads(line)["event"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert events == ["start", "checkpoint", "epoch", "checkpoint", "checkpoint", "epoch"]
-    model, _, head = text.load_model(text_flags[1], 2, 1.0)
+    model, _, head = text.load_model(text_flags[1], 2)
     statement = dpk.load_biases(model, out / "biases.safetensors")
     assert statement["epsilon"] == pytest.approx(result["epsilon"]) and head == "head"
 
@@ -100,10 +101,8 @@ def test_text_resume_continues_the_history(text: ModuleType, text_flags: list[st
         return float(evaluate(*arguments))
 
     text.accuracy_of = killed
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         text.main([*flags, "--epochs", "3"])
-    except KeyboardInterrupt:
-        pass
     assert len(calls) == 3
     gc.collect()  # the killed engine holds a lock on its history
     text.accuracy_of = evaluate
@@ -131,14 +130,14 @@ def test_text_plain_run_learns(text: ModuleType, text_flags: list[str], tmp_path
 def test_text_sequence_classifier_keeps_its_own_head(text: ModuleType, text_flags: list[str], tmp_path: Path) -> None:
     folder = text_flags[1]
     transformers.BertForSequenceClassification.from_pretrained(folder).save_pretrained(folder)
-    model, _, head = text.load_model(folder, 2, 1.0)
+    model, _, head = text.load_model(folder, 2)
     assert head == "classifier" and isinstance(model, transformers.BertForSequenceClassification)
     result = text.main([*text_flags, "--output", str(tmp_path / "out"), "--epochs", "1"])
     assert result["releases"] == 3
 
 
 def test_text_physical_batches_are_sorted_by_length(text: ModuleType, text_flags: list[str]) -> None:
-    _, tokenizer, _ = text.load_model(text_flags[1], 2, 1.0)
+    _, tokenizer, _ = text.load_model(text_flags[1], 2)
     data = text.Sentences(tokenizer, ["good film", "a", "the bad bad plot"], [1, 0, 0], 5)
     assert [len(ids) for ids, _ in data.records] == [3, 4, 5] and [label for _, label in data.records] == [0, 1, 0]
     inputs, labels = data.collate(data.records)
