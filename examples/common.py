@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 import warnings
@@ -182,7 +183,7 @@ def train(
         "releases": done,
         "trained_elements": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(before + time.perf_counter() - start, 1),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "flags": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "environment": environment(),
     }

@@ -10,27 +10,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TEXT = "--train {data}/sst2/train.tsv --dev {data}/sst2/dev.tsv"
-IMAGE = "--data {data}/cifar10/cifar10_10k2k.npz --weights {data}/weights_cifar100_resnet/cifar100_resnet20.pth"
+PHRASES = (
+    "a bad, boring film; it was terrible.; a terrible movie; negative sentiment | "
+    "a good, enjoyable film; it was great.; a great movie; positive sentiment"
+)
+TEXT = (
+    "--train {data}/sst2/train.tsv --dev {data}/sst2/dev.tsv --threads 1 --pool-layers 4 --clipping flat "
+    f"--max-grad-norm 4 --lr 2e-3 --head-lr 2e-2 --epochs 2 --label-phrases '{PHRASES}'"
+)
+IMAGE = (
+    "--data {data}/cifar10/cifar10_10k2k.npz --weights {data}/weights_cifar100_resnet/cifar100_resnet20.pth "
+    "--threads 1 --epochs 5"
+)
+CIFAR_PRIVATE = "--epsilon 8 --clipping flat --max-grad-norm 4 --lr 1e-2 --head-lr 5e-2"
 
 RUNS: dict[str, dict[str, str]] = {
     "sst2": {
-        "bitfit_eps8": "--epsilon 8",
-        "bitfit_eps3": "--epsilon 3",
-        "head_only_eps8": "--epsilon 8 --method head-only",
-        "bitfit_non_private": "--non-private --batch-size 64 --lr 1e-3",
+        "bitfit_eps8": "--epsilon 8 --batch-size 1024 --checkpoint-every 2",
+        "bitfit_eps3": "--epsilon 3 --batch-size 1024 --checkpoint-every 2",
+        "head_only_eps8": "--epsilon 8 --batch-size 1024 --method head-only --epochs 1",
+        "bitfit_non_private": "--non-private --batch-size 64 --lr 1e-3 --head-lr 5e-3 --epochs 1",
     },
     "cifar10": {
-        "bitfit_eps8": "--epsilon 8",
-        "head_only_eps8": "--epsilon 8 --method head-only",
-        "bitfit_non_private": "--non-private --batch-size 100 --lr 1e-3",
-        "head_only_non_private": "--non-private --batch-size 100 --lr 1e-3 --method head-only",
+        "bitfit_eps8": CIFAR_PRIVATE,
+        "head_only_eps8": f"{CIFAR_PRIVATE} --method head-only",
+        "bitfit_non_private": "--non-private --batch-size 100 --lr 5e-3",
+        "head_only_non_private": "--non-private --batch-size 100 --lr 5e-3 --method head-only",
     },
 }
 SCRIPTS = {"sst2": ("text_classification.py", TEXT), "cifar10": ("image_classification.py", IMAGE)}
@@ -38,8 +50,8 @@ SCRIPTS = {"sst2": ("text_classification.py", TEXT), "cifar10": ("image_classifi
 
 def command(study: str, name: str, data: Path) -> list[str]:
     script, inputs = SCRIPTS[study]
-    flags = f"{inputs} {RUNS[study][name]}".format(data=data)
-    return [f"examples/{script}", *flags.split(), "--output", f".runs/{study}_{name}", "--resume"]
+    flags = f"{inputs} {RUNS[study][name]}".replace("{data}", str(data))
+    return [f"examples/{script}", *shlex.split(flags), "--output", f".runs/{study}_{name}", "--resume"]
 
 
 def collect(study: str, name: str, data: Path) -> bool:
@@ -48,6 +60,7 @@ def collect(study: str, name: str, data: Path) -> bool:
     if not source.exists():
         return False
     result = json.loads(source.read_text().replace(str(data), "DATA"))
+    result["command"] = shlex.join(["python", *command(study, name, Path("DATA"))])
     target = ROOT / "bench" / "results" / "cpu" / f"{study}_{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=2) + "\n")
