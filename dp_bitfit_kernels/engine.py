@@ -130,8 +130,8 @@ class PrivacyEngine:
             raise EngineError("this engine is already in use: call detach() first, or make another engine")
         if loss_reduction not in ("mean", "sum"):
             raise EngineError(f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum'")
-        if not (math.isfinite(loss_scale) and loss_scale > 0):
-            raise EngineError(f"loss_scale={loss_scale!r} must be finite and > 0")
+        if not 1e-100 <= loss_scale <= 1e100:  # beyond, factors would leave float64
+            raise EngineError(f"loss_scale={loss_scale!r} must lie between 1e-100 and 1e100")
         if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
             raise EngineError(f"noise_multiplier={noise_multiplier!r} must be finite and >= 0")
         if isinstance(optimizer, PrivateOptimizer):

@@ -57,9 +57,15 @@ def test_bad_sample_under_a_mean():
     assert torch.equal(one_step("nan"), one_step(mask_row=True))
 
 
-def test_overflowing_norm_is_selected_out():
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-303, 1e101, math.inf, math.nan])
+def test_loss_scale_out_of_range(scale):
+    with pytest.raises(dpk.EngineError, match="loss_scale"):
+        private(small_model(), loss_scale=scale)
+
+
+def test_huge_norm_is_clipped():
     model = small_model()
-    _, model, optimizer, loader = private(model, sample_rate=1.0, loss_scale=1e-300, bound=0.05)
+    _, model, optimizer, loader = private(model, sample_rate=1.0, loss_scale=1e-100, bound=0.05)
     x, y = next(iter(loader))
     before = flat(model)
     F.cross_entropy(model(x), y).backward()
