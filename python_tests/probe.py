@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
-from transformers.pytorch_utils import Conv1D
 
 import dp_bitfit_kernels as dpk
 from dp_bitfit_kernels.clipping import GRID
@@ -153,6 +152,12 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, self.first(x), use_reentrant=self.reentrant)
 
 
+def transposed_linear():
+    from transformers.pytorch_utils import Conv1D  # a slow import, for this kind alone
+
+    return Conv1D(4, 5)
+
+
 class Autocast(nn.Module):
     """The forward under autocast, the backward outside."""
 
@@ -184,7 +189,7 @@ KINDS = {
     "batchnorm1d": (lambda: nn.BatchNorm1d(6), lambda t: (6, t), 2),
     "batchnorm2d": (lambda: nn.BatchNorm2d(6), lambda t: (6, 1, t), 3),
     "batchnorm3d": (lambda: nn.BatchNorm3d(4), lambda t: (4, 1, 1, t), 4),
-    "transformers_conv1d": (lambda: Conv1D(4, 5), lambda t: (t, 5), 1),
+    "transformers_conv1d": (transposed_linear, lambda t: (t, 5), 1),
     "whole_head": (whole_head, lambda t: (t, 5), 1),
     "twice": (Twice, lambda t: (t, 5), 1),
     "checkpointed": (lambda: Checkpointed(False), lambda t: (t, 5), 1),

@@ -16,9 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy  # noqa: F401 - imported once for all children
+import numpy  # noqa: F401 - imported once for all children, as are the next slow ones
 import pytest
+import scipy.stats  # noqa: F401
 import torch
+import torch._dynamo  # the first optimizer would import it in every child
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent

@@ -20,6 +20,9 @@ class Sabotage(NamedTuple):
 
 ENGINE, BAD, RESUME = "test_engine.py", "test_bad_input.py", "test_resume.py"
 ORACLE = f"{ENGINE}::test_step_equals_oracle"
+GUARANTEES, AUDIT, RESIDUE = "test_guarantees.py", "test_audit.py", "test_residue.py"
+ONE_RECORD = f"{GUARANTEES}::test_one_record_moves_the_sum_by_at_most_the_bound"
+CANARY = f"{AUDIT}::test_a_canary_shows_as_much_as_accounted"
 
 SABOTAGES = (
     Sabotage(
@@ -133,14 +136,14 @@ SABOTAGES = (
         "session.py",
         "STREAM_NOISE, 0, sigma * GRID, scale)",
         "STREAM_NOISE, 0, sigma * GRID / 2, scale)",
-        ("test_guarantees.py", "test_audit.py"),
+        (CANARY,),
     ),
     Sabotage(
         "noise is repeated at each step",
         "session.py",
         "        self._step.add_(1)\n",
         "",
-        ("test_guarantees.py", "test_audit.py", f"{RESUME}::test_charged_steps_equal_noise_draws_and_releases"),
+        (CANARY, f"{RESUME}::test_charged_steps_equal_noise_draws_and_releases"),
     ),
     Sabotage(
         "noise of one pair is shared by its two elements",
@@ -273,7 +276,7 @@ SABOTAGES = (
         "noise.py",
         "STREAM_SAMPLER = 1",
         "STREAM_SAMPLER = 0",
-        ("test_guarantees.py",),
+        (f"{GUARANTEES}::test_the_sampler_has_a_stream_of_its_own",),
     ),
     Sabotage(
         "an empty draw is left out",
@@ -317,5 +320,154 @@ SABOTAGES = (
         "        if secure_mode and unsafe_deterministic_seed is not None:\n",
         "        if False:\n",
         (f"{BAD}::test_secure_mode_refuses_unsafe_options",),
+    ),
+    Sabotage(
+        "a second session repeats the noise of the first",
+        "engine.py",
+        "        session.skip_noise(self._noise_steps)\n",
+        "",
+        (f"{RESIDUE}::test_a_second_session_of_an_engine_never_repeats_noise",),
+    ),
+    Sabotage(
+        "a detached loader's draws are charged at another rate",
+        "engine.py",
+        "            if self._session is not session:",
+        "            if False:",
+        (f"{RESIDUE}::test_the_loader_of_a_detached_session_is_refused",),
+    ),
+    Sabotage(
+        "an earlier batch writes into the open rows",
+        "ledger.py",
+        "                leaf.grad = None\n",
+        "                pass\n",
+        (f"{RESIDUE}::test_the_graph_of_an_earlier_batch_adds_nothing",),
+    ),
+    Sabotage(
+        "a failed release leaves its sum behind",
+        "optimizer.py",
+        "            self._session.abandon()\n            raise\n",
+        "            raise\n",
+        (f"{RESIDUE}::test_a_release_that_fails_leaves_no_sum_behind",),
+    ),
+    Sabotage(
+        "norms are understated by one percent",
+        "reference.py",
+        "norms = squares.sqrt() * scale",
+        "norms = squares.sqrt() * (0.99 * scale)",
+        (ONE_RECORD,),
+    ),
+    Sabotage(
+        "the allowance for rounding has the wrong sign",
+        "clipping.py",
+        "_MARGIN = 1.0 - 2.0**-16",
+        "_MARGIN = 1.0 + 2.0**-16",
+        (ONE_RECORD,),
+    ),
+    Sabotage(
+        "one trained element is outside the norm",
+        "reference.py",
+        "return squares.sum(1, keepdim=True)",
+        "return squares[:, :-1].sum(1, keepdim=True)",
+        (ONE_RECORD,),
+    ),
+    Sabotage(
+        "a custom factor is not cut at the bound",
+        "clipping.py",
+        "torch.minimum(values.clamp(min=0.0), plan.sensitivity / norms)",
+        "values.clamp(min=0.0)",
+        (f"{GUARANTEES}::test_bound_holds_for_every_clipping_method",),
+    ),
+    Sabotage(
+        "the rows are rounded to bfloat16 before they are summed, not before their norm",
+        "reference.py",
+        "scaled = part.to(torch.float64) * column_factor",
+        "scaled = part.bfloat16().to(torch.float64) * column_factor",
+        (ONE_RECORD,),
+    ),
+    Sabotage(
+        "noise is that of one layer's bound",
+        "session.py",
+        "STREAM_NOISE, 0, sigma * GRID, scale)",
+        "STREAM_NOISE, 0, sigma * GRID * ledger.plan.bounds[0] / ledger.plan.sensitivity, scale)",
+        (f"{AUDIT}::test_every_way_to_clip_and_reduce_shows_the_same",),
+    ),
+    Sabotage(
+        "noise is three percent short",
+        "session.py",
+        "STREAM_NOISE, 0, sigma * GRID, scale)",
+        "STREAM_NOISE, 0, sigma * GRID * 0.97, scale)",
+        (CANARY,),
+    ),
+    Sabotage(
+        "half of the coordinates get no noise",
+        "reference.py",
+        "noisy = part + noise.to(torch.int64)",
+        "noisy = part + noise.to(torch.int64) * (torch.arange(len(part)) % 2)",
+        (f"{GUARANTEES}::test_only_trained_parameters_move_and_all_of_them",),
+    ),
+    Sabotage(
+        "two tensors share their noise",
+        "reference.py",
+        "stream, first + begin, part.shape[0]).mul_",
+        "stream, first, (part.shape[0] + 1) // 2).repeat(2)[: part.shape[0]].mul_",
+        (CANARY,),
+    ),
+    Sabotage(
+        "noise is rounded to half precision",
+        "reference.py",
+        "noisy = part + noise.to(torch.int64)",
+        "noisy = part + noise.bfloat16().to(torch.int64)",
+        (f"{AUDIT}::test_low_bits_of_a_release_do_not_tell_its_sum",),
+    ),
+    Sabotage(
+        "a sum of zero gets no noise",
+        "session.py",
+        "STREAM_NOISE, 0, sigma * GRID, scale)",
+        "STREAM_NOISE, 0, sigma * GRID if ledger.total.any() else 0.0, scale)",
+        (f"{GUARANTEES}::test_only_trained_parameters_move_and_all_of_them",),
+    ),
+    Sabotage(
+        "an overflowing record skips the step",
+        "session.py",
+        "        ticket, self.ticket = self.ticket, None\n        self._declared = False\n",
+        "        ticket, self.ticket = self.ticket, None\n        self._declared = False\n"
+        "        if not self.ledger._slab.rows.isfinite().all():\n            return self.abandon()\n",
+        (f"{GUARANTEES}::test_an_overflowing_record_neither_skips_a_step_nor_moves_the_scale",),
+    ),
+    Sabotage(
+        "the step path looks at the rows",
+        "session.py",
+        "        ticket, self.ticket = self.ticket, None\n        self._declared = False\n",
+        "        ticket, self.ticket = self.ticket, None\n        self._declared = False\n"
+        "        self.anomaly = bool(self.ledger._slab.rows.abs().max() > 1e6)\n",
+        (f"{GUARANTEES}::test_operations_shapes_and_charges_do_not_depend_on_the_data",),
+    ),
+    Sabotage(
+        "a mean is undone with the rows that count",
+        "session.py",
+        "(batch if self.mean_reduction else 1.0) / self.loss_scale",
+        "(int(self.ledger._slab.mask.sum()) if self.mean_reduction else 1.0) / self.loss_scale",
+        (f"{GUARANTEES}::test_a_record_without_gradient_changes_no_bit",),
+    ),
+    Sabotage(
+        "a given expected batch size is replaced by the loader's",
+        "engine.py",
+        "        if expected_batch_size is None:\n",
+        "        if True:\n",
+        (f"{GUARANTEES}::test_one_record_more_changes_neither_rate_nor_denominator",),
+    ),
+    Sabotage(
+        "the release stays readable as a gradient",
+        "optimizer.py",
+        "            self._session.clear_grads()\n",
+        "            pass\n",
+        (f"{GUARANTEES}::test_no_gradient_is_readable_before_the_release_and_no_sum_after_it",),
+    ),
+    Sabotage(
+        "records are drawn twice as often as charged",
+        "sampling.py",
+        "        indices = inclusion(self._words, self._n, self.sample_rate, number).tolist()",
+        "        indices = inclusion(self._words, self._n, min(1.0, 2 * self.sample_rate), number).tolist()",
+        (f"{AUDIT}::test_a_whole_run_is_distinguished_no_better_than_accounted", CANARY),
     ),
 )
