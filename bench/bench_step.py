@@ -24,7 +24,7 @@ from bench.check import CheckFailed, Oracle, check, oracle
 from bench.environment import environment
 from bench.memory import peak_bytes
 from bench.models import CASES, Case
-from bench.providers import BASELINE, OURS, PROVIDERS, Settings, Step
+from bench.providers import BASELINE, CONTROL, OURS, PROVIDERS, Settings, Step
 from bench.timing import interleave
 
 THREADS = (1, 2)
@@ -80,7 +80,7 @@ def measure_time(
     torch.set_num_threads(threads)
     try:
         steps = {name: PROVIDERS[name].build(case, batch, settings) for name in names}
-        rivals = {name: RIVAL_PERIOD for name in steps if name not in (OURS, BASELINE)}
+        rivals = {name: RIVAL_PERIOD for name in steps if name not in (OURS, BASELINE, CONTROL)}
         samples = interleave(steps, rounds=rounds, every=rivals, budget_s=seconds)
     finally:
         torch.set_num_threads(before)

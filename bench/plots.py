@@ -16,6 +16,7 @@ from bench.providers import BASELINE, PROVIDERS
 COLOURS = {
     "ours": "#0b6e4f",
     "plain_bias": "#9aa5b1",
+    "control": "#cbd2d9",
     "opacus_hooks_bias": "#e08e45",
     "opacus_ghost_bias": "#c8553d",
     "plain_full": "#52606d",
