@@ -3,7 +3,7 @@
 A leading dimension that equals the batch size proves nothing (a sequence-first tensor with T = B has it, too, and so
 has a table with B rows). It must also follow when the batch grows: so the model is run on its own inputs and one more
 row, without gradients; each converted layer's output must then have B + 1 rows, and what the added row holds must not
-show in the others' outputs.
+show in the others' outputs, nor in a buffer. A loss that the model itself returns must be a sum or mean over samples.
 """
 
 from __future__ import annotations
@@ -85,45 +85,28 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
     """Run ``model`` twice on B + 1 rows, without gradients, and require what a batch-first model does.
 
     The added row repeats the first sample in one run and another sample in the other. In both, every converted layer
-    must give B + 1 rows; and the outputs of the B samples must not notice what the added row holds.
+    must give B + 1 rows; and neither the outputs of the B samples, of the layers or of the model, nor a buffer may
+    notice what the added row holds. A loss that the model returns must be a sum or a mean over samples.
     The generators' state and the buffers are as before afterwards.
 
     Returns:
         False where all samples are alike, so that the second question could not be asked.
 
     Raises:
-        BatchLayoutError: naming the layer whose leading dimension does not follow the batch, or saying that the
-            model mixes samples, or that it cannot be run with one more row.
+        BatchLayoutError: naming the layer whose leading dimension does not follow the batch or whose rows are not the
+            samples, or saying that the model mixes samples, or that it cannot be run with one more row.
     """
-    faults: list[str] = []
-
-    def look(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and (output.dim() < 2 or output.shape[0] != batch + 1):
-            faults.append(f"{module.layer_name!r} gives shape {tuple(output.shape)} for {batch + 1} samples")
-
+    trial = _Trial(model, args, kwargs, batch, layers)
     other = _another_row(args, kwargs, batch)
-    handles = [layer.register_forward_hook(look) for layer in layers if layer.trained]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    outputs: list[list[Tensor]] = []
+    runs = []
     try:
-        with torch.no_grad():
-            for row in (0,) if other is None else (0, other):
-                grown = _map_tensors((args, kwargs), partial(_grow, batch=batch, row=row))
-                with torch.random.fork_rng(devices=devices):
-                    outputs.append(list(tensors_in(model(*grown[0], **grown[1]))))
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
+        for row in (0,) if other is None else (0, other):
+            runs.append(trial.run([*range(batch), row]))
+    except _FAILURES as error:
         raise BatchLayoutError(
             f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} ({error})"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    faults = [fault for run in runs for fault in run.faults]
     if faults:
         raise BatchLayoutError(
             "the leading dimension does not follow the batch size in layer "
@@ -131,14 +114,137 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
             + ". Sequence-first inputs, tables without a batch dimension and folded or flattened batches give wrong "
             "per-sample gradients; make the layer's input batch-first, or leave its bias frozen"
         )
-    _require_apart(outputs, batch)
+    first, last = runs[0], runs[-1]
+    _require_apart([list(tensors_in(run.output)) for run in runs], batch)
+    for (name, a), (_, b) in zip(first.digests, last.digests, strict=False):
+        if not _same(a, b, 1e-6):
+            raise BatchLayoutError(
+                f"layer {name!r}: the row of a sample changes with another of the batch: the model mixes samples or "
+                "reorders them before this layer, so that its rows are not the samples"
+            )
+    for name, value in first.buffers.items():
+        if not _same(value, last.buffers[name], 0.0):
+            raise BatchLayoutError(
+                f"buffer {name!r} is written from the batch: it would hold private data without noise. Stop the model "
+                "from writing it (eval() of its module does so in most)"
+            )
+    if other is not None and loss_in(first.output) is not None:
+        _require_loss_of_samples(trial)
     return other is not None
 
 
-def _grow(tensor: Tensor, batch: int, row: int) -> Tensor:
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What one run of the model showed."""
+
+    output: Any
+    digests: list[tuple[str, Tensor]]  # of each call of a converted layer: its name, [B] float64
+    buffers: dict[str, Tensor]  # after the run
+    faults: list[str]
+
+
+@dataclasses.dataclass
+class _Trial:
+    """Runs the model on rows of its inputs; generators and buffers are as before afterwards."""
+
+    model: nn.Module
+    args: Any
+    kwargs: Any
+    batch: int
+    layers: list[BiasLayer]
+
+    def run(self, rows: list[int]) -> _Run:
+        run = _Run(None, [], {}, [])
+        batch = len(rows) - 1  # the last row is the added one
+
+        def look(module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                return
+            if output.dim() < 2 or output.shape[0] != batch + 1:
+                run.faults.append(f"{module.layer_name!r} gives shape {tuple(output.shape)} for {len(rows)} samples")
+            else:
+                name = str(module.layer_name)
+                run.digests.append((name, output[:batch].flatten(1).abs().sum(1, dtype=torch.float64)))
+
+        handles = [layer.register_forward_hook(look) for layer in self.layers if layer.trained]
+        devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
+        owned = [
+            (module, name, own, buffer, buffer.clone())
+            for name, module in self.model.named_modules()
+            for own, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        chosen = _map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                run.output = self.model(*chosen[0], **chosen[1])
+            for module, name, own, _, _ in owned:
+                value = module._buffers[own]
+                if value is not None:
+                    run.buffers[f"{name}.{own}" if name else own] = value.clone()
+        finally:
+            for handle in handles:
+                handle.remove()
+            with torch.no_grad():
+                for module, _, own, buffer, before in owned:
+                    module._buffers[own] = buffer.copy_(before)  # also where the model put another tensor there
+        return run
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """The loss that a model itself returns: its output, the item ``loss`` of it, or the first of a tuple; else None."""
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    elif isinstance(output, tuple) and output:
+        output = output[0]
+    elif dataclasses.is_dataclass(output):
+        output = getattr(output, "loss", None)
+    return output if isinstance(output, Tensor) and output.dim() == 0 and output.is_floating_point() else None
+
+
+def _require_loss_of_samples(trial: _Trial) -> None:
+    """Of a sum or a mean over samples F, F(0, 0) + F(k, k) = F(0, k) + F(k, 0) on batches of two.
+
+    The same samples stand at the same places on both sides, so that random masks cancel.
+    """
+    batch = trial.batch
+    for other in sorted({1, batch // 3, 2 * batch // 3, batch - 1} - {0}):
+        try:
+            found = [loss_in(trial.run([a, b]).output) for a in (0, other) for b in (0, other)]
+        except _FAILURES:  # a model that cannot run on two samples is not asked
+            return
+        losses = torch.stack([loss.double() for loss in found if loss is not None])
+        if losses.numel() < 4 or not bool(losses[1:3].isfinite().all()):
+            continue
+        size = 32 * max(torch.finfo(loss.dtype).eps for loss in found if loss is not None) * losses.abs().max()
+        # Also where a sample has no loss of its own (no token that counts), but has one beside another.
+        if not bool((losses[0] + losses[3] - losses[1] - losses[2]).abs() <= size):
+            raise BatchLayoutError(
+                "the loss that the model returns is not a mean or sum over samples: what one sample adds depends on "
+                "the others (a mean over tokens that are not padding, class weights, in-batch negatives). Clipping "
+                "cannot bound a sample's influence on such a loss: take the loss of each sample, then their mean"
+            )
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Equal shapes, and values equal up to ``tolerance`` of the largest, where both are finite."""
+    if a.shape != b.shape:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return bool(torch.equal(a, b))
+    both = a.isfinite() & b.isfinite()
+    if not bool(both.any()):
+        return True
+    return bool(((a - b).abs()[both] <= tolerance * a.abs()[both].max()).all())
+
+
+def _take(tensor: Tensor, batch: int, rows: list[int]) -> Tensor:
     if tensor.dim() == 0 or tensor.shape[0] != batch:
         return tensor
-    return torch.cat([tensor, tensor[row : row + 1]])
+    return tensor[torch.tensor(rows, device=tensor.device)]
 
 
 def _another_row(args: Any, kwargs: Any, batch: int) -> int | None:

@@ -56,7 +56,9 @@ class Session:
         self._charge_rate = 1.0
         self._step = torch.zeros(1, dtype=torch.int64, device=ledger.device)
         self._declared = False  # inside engine.batch(B)
+        self._was_declared = False  # for the open batch
         self._forwards = 0
+        self._traced: tuple[Any, Any] | None = None  # inputs of a compiled forward of the open batch
         self._proven = False
         self._proven_for: int | None = None  # where all samples were alike, the proof is for this batch size only
         self._warned: set[str] = set()
@@ -75,6 +77,13 @@ class Session:
             self._warned.add(key)
             warnings.warn(message, stacklevel=4)
 
+    def _warn_unproven(self, why: str) -> None:
+        self._warn_once(
+            "unproven",
+            f"{why}: the layout of the layers cannot be proven with one more sample, only their leading sizes are "
+            "checked",
+        )
+
     def on_ticket(self, ticket: Ticket) -> None:
         """Open the physical batch that the private loader is about to hand out."""
         if self.ledger.dirty:
@@ -89,7 +98,8 @@ class Session:
         if other_draw:
             self.abandon()
         self.ticket = ticket
-        self._declared, self._forwards = False, 0
+        self._declared = self._was_declared = False
+        self._forwards, self._traced = 0, None
         self.ledger.open(ticket.size, ticket.mask)
 
     def declare(self, batch: int) -> None:
@@ -105,7 +115,7 @@ class Session:
             raise EngineError("the batch before was backpropagated but not stepped: call optimizer.step() first")
         else:
             self._open_without_ticket(batch)
-        self._declared = True
+        self._declared = self._was_declared = True
 
     def undeclare(self) -> None:
         self._declared = False
@@ -121,11 +131,14 @@ class Session:
             "without amplification by sampling",
         )
         self.ledger.open(batch)
-        self._forwards = 0
+        self._forwards, self._traced, self._was_declared = 0, None, False
 
     def before_forward(self, args: Any, kwargs: Any) -> None:
         """Called before each forward of the model: opens a batch where none is open, checks its size."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():  # nothing can be asked while the model is traced: the step asks it
+            self._traced = (args, kwargs)
             return
         batch = self.ledger.batch
         if batch is None:
@@ -151,11 +164,7 @@ class Session:
 
     def _prove(self, args: Any, kwargs: Any, batch: int) -> None:
         if batch not in layout.leading_sizes(args, kwargs):
-            self._warn_once(
-                "unproven",
-                "no tensor input of the model has the batch as its leading dimension: the layout of the layers cannot "
-                "be proven with one more sample, only their leading sizes are checked",
-            )
+            self._warn_unproven("no tensor input of the model has the batch as its leading dimension")
             return
         try:
             self._proven = layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
@@ -163,6 +172,19 @@ class Session:
             self.abandon()
             raise
         self._proven_for = batch
+
+    def _prove_unseen(self, batch: int) -> None:
+        """Ask at the step what the forward could not: the model was compiled, or only modules inside it were called."""
+        if self._traced is not None:
+            self._prove(*self._traced, batch)
+        elif self._was_declared:
+            self._warn_unproven("only modules inside the private model were called")
+        else:
+            self.abandon()
+            raise EngineError(
+                "only modules inside the private model were called, not the model itself: the layout of its layers "
+                "cannot be proven. Call the model once on a batch, or declare the batch: `with engine.batch(B):`"
+            )
 
     def abandon(self) -> None:
         """Drop the open batch and the sum of its draw."""
@@ -189,6 +211,8 @@ class Session:
                 "step() without a backward of the private model since the last step: nothing was backpropagated, or "
                 "the forward ran under torch.no_grad()"
             )
+        if not self._proven and self._proven_for != batch and "unproven" not in self._warned:
+            self._prove_unseen(batch)
         try:
             self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
         except BaseException:  # also an interrupt: what may be half added is never added again

@@ -1,0 +1,186 @@
+"""Defects that users' models brought to light: each must stay mended."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dp_bitfit_kernels as dpk
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def private(model, *, x, y=None, batch=4, head=(), optimizer=torch.optim.SGD, sigma=0.0, **options):
+    """A private model whose draws hold all of x; returns (engine, model, optimizer, loader)."""
+    dpk.convert_model(model, train_modules=head)
+    engine = dpk.PrivacyEngine()
+    y = torch.arange(len(x)) % 3 if y is None else y
+    options = {"sample_rate": 1.0, **options}
+    return engine, *engine.make_private(
+        module=model,
+        optimizer=optimizer([p for p in model.parameters() if p.requires_grad], lr=1.0),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=batch),
+        noise_multiplier=sigma,
+        max_grad_norm=1.0,
+        **options,
+    )
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x):  # [B, T, 6]
+        return self.inner(x.transpose(0, 1)).mean(0)
+
+
+class Inside(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_the_layout_is_proven_under_compile():
+    # T = B: no shape tells the one from the other, and the tracer passes the hook of the forward by.
+    torch.manual_seed(0)
+    engine, model, optimizer, loader = private(SequenceFirst(), x=torch.randn(4, 4, 6))
+    x, y = next(iter(loader))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    F.cross_entropy(compiled(x), y).backward()
+    with pytest.raises(dpk.BatchLayoutError, match="inner"):
+        optimizer.step()
+    assert engine.accountant.history.total_steps == 0
+
+
+def test_a_compiled_model_trains_over_draws_of_all_sizes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.LayerNorm(8), nn.Linear(8, 3))
+    engine, model, optimizer, loader = private(model, x=torch.randn(24, 6), batch=6, sample_rate=0.25)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(compiled(x), y).backward()
+        assert optimizer.step()
+    assert engine.accountant.history.total_steps == len(loader)
+
+
+def test_calling_only_a_part_of_the_model_is_no_way_around_the_proof():
+    torch.manual_seed(0)
+    _, model, optimizer, loader = private(Inside(SequenceFirst()), x=torch.randn(4, 4, 6))
+    x, y = next(iter(loader))
+    F.cross_entropy(model.inner(x), y).backward()
+    with pytest.raises(dpk.EngineError, match="modules inside"):
+        optimizer.step()
+
+
+def test_parts_of_a_declared_batch_may_be_called_with_a_warning():
+    torch.manual_seed(0)
+    engine, model, optimizer, loader = private(Inside(nn.Linear(6, 3)), x=torch.randn(4, 6))
+    x, y = next(iter(loader))
+    with engine.batch(4):
+        F.cross_entropy(model.inner(x), y).backward()
+    with pytest.warns(UserWarning, match="cannot be proven"):
+        assert optimizer.step()
+
+
+class Turned(nn.Module):
+    """Works on its samples in another order; nothing of that shows in its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x.flip(0))).flip(0))
+
+
+class OwnLoss(nn.Module):
+    """Returns only its loss. ``attend`` mixes the samples before the last layer."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 3)
+        self.kind = kind
+
+    def forward(self, x, y):
+        h = torch.tanh(self.first(x))
+        if self.kind == "attend":
+            h = torch.softmax(h @ h.t(), -1) @ h
+        logits = self.last(h)
+        if self.kind == "ignore_index":
+            return {"loss": F.cross_entropy(logits, y, ignore_index=2), "logits": logits}
+        if self.kind == "class_weights":
+            return F.cross_entropy(logits, y, weight=torch.tensor([1.0, 2.0, 3.0])), logits
+        if self.kind == "in_batch":
+            return F.cross_entropy(logits @ logits.t(), torch.arange(len(x)))
+        return F.cross_entropy(logits, y, reduction=self.kind if self.kind == "sum" else "mean")
+
+
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        (Turned(), "'first'"),
+        (OwnLoss("attend"), "'last'"),
+        (OwnLoss("ignore_index"), "mean over tokens"),
+        (OwnLoss("class_weights"), "class weights"),
+        (OwnLoss("in_batch"), "in-batch negatives"),
+    ],
+)
+def test_rows_that_are_not_samples_are_refused(model, says):
+    torch.manual_seed(0)
+    engine, model, _, loader = private(model, x=torch.randn(6, 6), batch=6)
+    x, y = next(iter(loader))
+    with pytest.raises(dpk.BatchLayoutError, match=says):
+        model(x, y) if isinstance(model, OwnLoss) else model(x)
+    assert engine.accountant.history.total_steps == 0
+
+
+@pytest.mark.parametrize("kind", ["mean", "sum"])
+def test_a_loss_of_samples_is_none_of_those(kind):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Dropout(0.5), "loss": OwnLoss(kind)})
+    model.forward = lambda x, y: model["loss"](model["body"](x), y)
+    _, model, optimizer, loader = private(model, x=torch.randn(6, 6), batch=6, loss_reduction=kind)
+    x, y = next(iter(loader))
+    model(x, y).backward()
+    assert optimizer.step()
+
+
+class Remembers(nn.Module):
+    def __init__(self, data):
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+        self.data = data
+        self.register_buffer("ema", torch.zeros(3))
+
+    def forward(self, x):
+        h = self.inner(x)
+        with torch.no_grad():
+            self.ema = 0.9 * self.ema + (h.mean(0) if self.data else 1.0)  # a new tensor in its place
+        return h
+
+
+def test_a_buffer_written_from_the_batch_is_refused():
+    torch.manual_seed(0)
+    _, model, _, loader = private(Remembers(data=True), x=torch.randn(4, 6))
+    with pytest.raises(dpk.BatchLayoutError, match="ema"):
+        model(next(iter(loader))[0])
+    assert not model.ema.any()
+
+
+def test_the_proof_leaves_a_replaced_buffer_alone():
+    torch.manual_seed(0)
+    _, model, optimizer, loader = private(Remembers(data=False), x=torch.randn(4, 6))
+    x, y = next(iter(loader))
+    F.cross_entropy(model(x), y).backward()
+    assert optimizer.step()
+    assert torch.equal(model.ema, torch.ones(3))  # of the one forward of the user
