@@ -12,23 +12,25 @@ from torch import Tensor, nn
 class GlyphNet(nn.Module):
     """Images [B, 1, 16, 16] -> logits [B, 10].
 
-    Few weights and many biases: the wide hidden layer alone has `hidden` of them. Moving a bias moves where its unit
-    switches on, and with many units to choose from that is enough to bend the features to another kind of digit.
+    Biases at several depths: moving one moves where its unit switches on, and together they bend the features, not only
+    the last layer, to another kind of digit.
     """
 
-    def __init__(self, channels: int = 32, hidden: int = 2048):
+    def __init__(self, channels: int = 64, hidden: int = 512):
         super().__init__()
         self.conv1 = nn.Conv2d(1, channels, 5, stride=2, padding=2)
         self.norm1 = nn.GroupNorm(8, channels)
         self.conv2 = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
         self.norm2 = nn.GroupNorm(8, 2 * channels)
-        self.hidden = nn.Linear(2 * channels * 16, hidden)
+        self.hidden1 = nn.Linear(2 * channels * 16, hidden)
+        self.hidden2 = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.norm1(self.conv1(images)))
         x = F.relu(self.norm2(self.conv2(x)))
-        x = F.relu(self.hidden(x.flatten(1)))
+        x = F.relu(self.hidden1(x.flatten(1)))
+        x = F.relu(self.hidden2(x))
         logits: Tensor = self.head(x)
         return logits
 

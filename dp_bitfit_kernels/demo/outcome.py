@@ -13,14 +13,15 @@ class Settings:
 
     epsilons: tuple[float, ...] = (1.0, 3.0, 8.0)
     seed: int = 0
-    epochs: int = 20
-    batch_size: int = 700
+    epochs: int = 25
+    batch_size: int = 375
     private_rate: float = 0.1
-    plain_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    max_grad_norm: float = 2.0
+    plain_rates: tuple[float, ...] = (0.05, 0.1, 0.2)
     glyphs: int = 12_000
     pretrain_epochs: int = 3
-    channels: int = 32
-    hidden: int = 2048
+    channels: int = 64
+    hidden: int = 512
 
 
 @dataclass(frozen=True)

@@ -12,35 +12,30 @@ from .outcome import Outcome
 def print_table(outcome: Outcome, console: Console | None = None) -> None:
     """Accuracy of each method, the epsilon it spent, its share of the gap to training without privacy, its time."""
     console = console or Console()
-    n_trained, percent = outcome.trained, outcome.percent_trained
-    table = Table(title="Handwritten digits, private; network pre-trained on printed glyphs, public")
+    before, plain, tried = outcome.before, outcome.plain, outcome.plain_all
+    trained = f"{outcome.percent_trained:.2f} %"
+    table = Table(title="Private handwritten digits, a network pre-trained on public glyphs")
     table.add_column("method")
-    for title in ("epsilon spent", "test accuracy", "gap closed", "parameters trained", "time"):
-        table.add_column(title, justify="right")
-    before, plain = outcome.before, outcome.plain
-    trained = f"{n_trained:,} ({percent:.2g} %)"
-    table.add_row(before.method, "0", f"{before.accuracy:.1%}", "", "", f"{before.seconds:.1f} s")
+    for heading in ("epsilon", "accuracy", "gap closed", "trained", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("before (pre-training)", "0", f"{before.accuracy:.1%}", "", "", f"{before.seconds:.1f} s")
     for row, closed in zip(outcome.private, outcome.closed, strict=True):
         table.add_row(
-            row.method, f"{row.epsilon:.2f}", f"{row.accuracy:.1%}", f"{closed:.0%}", trained, f"{row.seconds:.1f} s"
+            "DP-BiTFiT", f"{row.epsilon:.2f}", f"{row.accuracy:.1%}", f"{closed:.0%}", trained, f"{row.seconds:.1f} s"
         )
-    rates = len(outcome.plain_all)
-    seconds = sum(row.seconds for row in outcome.plain_all)
+    seconds = sum(row.seconds for row in tried) / len(tried)
     table.add_row(
-        f"{plain.method} (best of {rates} learning rates)",
-        "infinite",
-        f"{plain.accuracy:.1%}",
-        "100%",
-        trained,
-        f"{seconds:.1f} s",
+        f"BiTFiT, best of {len(tried)} rates", "inf", f"{plain.accuracy:.1%}", "100%", trained, f"{seconds:.1f} s"
     )
     console.print(table)
     console.print(
-        f"delta = {outcome.delta:.2g} (1/2n), adding or removing one image. Time of the first line: pre-training.\n"
-        f"Biases saved to {outcome.saved} and loaded into a fresh network: "
-        f"{outcome.reloaded:.1%}, as before saving.\nFigure: {outcome.figure}\n"
-        f"Total time: {outcome.seconds:.0f} s",
+        f"Trained: {outcome.trained:,} biases of {outcome.total:,} parameters. Epsilon: spent, at delta = 1/2n = "
+        f"{outcome.delta:.2g}, one image added or removed.\n"
+        f"Biases of epsilon = {outcome.private[-1].epsilon:.2f}: {outcome.saved} "
+        f"({outcome.saved.stat().st_size:,} bytes); loaded into a fresh network: {outcome.reloaded:.1%} again.\n"
+        f"Figure: {outcome.figure}\nAll of it took {outcome.seconds:.0f} s.",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -68,6 +63,6 @@ def save_figure(outcome: Outcome) -> None:
         axes.set_ylim(min(before, *scores) - 6, max(plain, *scores) + 6)
         axes.set_xlabel(f"epsilon spent (delta = {outcome.delta:.2g})")
         axes.set_ylabel("test accuracy, %")
-        axes.set_title(f"Private handwritten digits, {outcome.percent_trained:.2g} % of parameters trained")
-        axes.legend(loc="lower right")
+        axes.set_title(f"Private handwritten digits, {outcome.percent_trained:.2f} % of parameters trained")
+        figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(outcome.figure, dpi=150)

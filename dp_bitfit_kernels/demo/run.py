@@ -108,8 +108,7 @@ def _fine_tune_privately(
         target_epsilon=epsilon,
         target_delta=delta,
         epochs=settings.epochs,
-        max_grad_norm=1.0,
-        clipping="automatic",
+        max_grad_norm=settings.max_grad_norm,
     )
     with tqdm(total=settings.epochs * len(loader), desc=f"DP-BiTFiT, epsilon {epsilon:g}", disable=quiet) as bar:
 
