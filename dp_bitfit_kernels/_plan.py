@@ -1,15 +1,15 @@
-"""What the engine works out from a model and a loader before it attaches: groups, sample rate, steps."""
+"""What the engine works out before it attaches (groups, sample rate, steps) or resumes (does the checkpoint fit)."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ._validate import AccountingError, SamplingError
+from ._validate import AccountingError, CheckpointError, SamplingError
 from .ledger import Entry
 from .sampling import loader_facts
 
@@ -50,6 +50,31 @@ def check_delta(delta: float, size: int | None) -> None:
     if size is not None and delta >= 1 / size:
         warnings.warn(
             f"delta={delta:g} is not below 1/n = {1 / size:g}: publishing a random record would satisfy it",
+            stacklevel=3,
+        )
+
+
+def check_fit(
+    path: str, data: dict[str, Any], entries: Sequence[Entry], optimizer: str, objects: Iterable[str]
+) -> None:
+    """Refuse a checkpoint of other parameters, of another optimizer, or without a state that is asked for."""
+    mine = {e.name: tuple(e.parameter.shape) for e in entries}
+    if {k: tuple(v.shape) for k, v in data["parameters"].items()} != mine:
+        raise CheckpointError(f"{path!r} holds other parameters than this model trains; nothing was changed")
+    if data.get("optimizer_class", optimizer) != optimizer:
+        raise CheckpointError(
+            f"{path!r} holds the state of {data['optimizer_class']}, not of {optimizer}; nothing was changed"
+        )
+    unknown = [k for k in objects if k not in data["objects"]]
+    if unknown:
+        raise CheckpointError(f"{path!r} holds no state named {unknown[0]!r}; nothing was changed")
+
+
+def warn_of_lost(releases: int) -> None:
+    if releases > 0:
+        warnings.warn(
+            f"the history holds {releases} release(s) that this checkpoint does not: they stay charged, and repeating "
+            "them costs again, so that epsilon will exceed a target that this run was calibrated for",
             stacklevel=3,
         )
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from . import backends, checkpoint
 from ._history import History
-from ._plan import check_delta, groups, json_number, plan_sampling
+from ._plan import check_delta, check_fit, groups, json_number, plan_sampling, warn_of_lost
 from ._validate import AccountingError, CheckpointError, EngineError
 from .accounting import Accountant, calibrate_noise_multiplier
 from .clipping import ClippingMethod, resolve
@@ -317,6 +317,12 @@ class PrivacyEngine:
         self._session = self._optimizer = self._loader = None
         self._earlier = self.accountant.history.total_steps
 
+    def _between_draws(self, what: str) -> Session:
+        session = self._running
+        if session.draw is not None or session.ledger.dirty:
+            raise EngineError(f"{what} in the middle of a draw: call it after optimizer.step() returned True")
+        return session
+
     def save_checkpoint(self, path: str, **objects: Any) -> None:
         """Save what a resumed run needs: trained parameters, optimizer, counters, history; never a key or a row.
 
@@ -327,9 +333,7 @@ class PrivacyEngine:
         Raises:
             EngineError: in the middle of a draw, whose unreleased sum may not be saved.
         """
-        session = self._running
-        if session.draw is not None or session.ledger.dirty:
-            raise EngineError("save_checkpoint in the middle of a draw: save after optimizer.step() returned True")
+        session = self._between_draws("save_checkpoint")
         assert self._optimizer is not None
         extra = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
         checkpoint.write_checkpoint(
@@ -338,6 +342,7 @@ class PrivacyEngine:
                 "format": _FORMAT,
                 "parameters": {e.name: e.parameter.detach().cpu() for e in session.ledger.entries},
                 "optimizer": self._optimizer.state_dict(),
+                "optimizer_class": type(self._optimizer.original_optimizer).__name__,
                 "history": self.accountant.history.to_list(),
                 "noise_steps": session.noise_steps,
                 "noise_multiplier": session.noise_multiplier,
@@ -359,24 +364,24 @@ class PrivacyEngine:
 
         Raises:
             CheckpointError: damaged or foreign; nothing was changed.
+            EngineError: in the middle of a draw.
         """
-        session = self._running
+        session = self._between_draws("load_checkpoint")
         assert self._optimizer is not None
         data = checkpoint.read_checkpoint(path)
         if data.get("format") != _FORMAT:
             raise CheckpointError(f"{path!r} is not a checkpoint of a PrivacyEngine")
-        saved, entries = data["parameters"], session.ledger.entries
-        mine = {e.name: tuple(e.parameter.shape) for e in entries}
-        if {k: tuple(v.shape) for k, v in saved.items()} != mine:
-            raise CheckpointError(f"{path!r} holds other parameters than this model trains; nothing was changed")
-        unknown = [k for k in objects if k not in data["objects"]]
-        if unknown:
-            raise CheckpointError(f"{path!r} holds no state named {unknown[0]!r}; nothing was changed")
+        entries, original = session.ledger.entries, self._optimizer.original_optimizer
+        check_fit(path, data, entries, type(original).__name__, objects)
         history = History.from_list(data["history"])
-        self._optimizer.load_state_dict(data["optimizer"])
+        try:
+            original.load_state_dict(data["optimizer"])
+        except ValueError as error:  # raised before it changes anything
+            raise CheckpointError(f"{path!r} does not fit the optimizer ({error}); nothing was changed") from error
         for entry in entries:
-            entry.parameter.data.copy_(saved[entry.name])
+            entry.parameter.data.copy_(data["parameters"][entry.name])
         self.accountant.history.merge(history.segments)
+        warn_of_lost(self.accountant.history.total_steps - history.total_steps)
         self._draws.advance_to(data["draws"])
         session.continue_from(data["noise_steps"], data["releases"])
         session.set_noise_multiplier(data["noise_multiplier"])

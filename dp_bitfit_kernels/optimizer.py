@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 from ._validate import OptimizerError
 from .ledger import Entry
@@ -21,8 +22,14 @@ def check_parameters(optimizer: Optimizer, module: nn.Module, entries: Sequence[
     """Every trained parameter must be in the optimizer, and nothing else that requires a gradient.
 
     Raises:
-        OptimizerError: a trained parameter is missing, or one outside the module would be trained on raw gradients.
+        OptimizerError: it needs a closure or sparse gradients, a trained parameter is missing, or one outside the
+            module would be trained on raw gradients.
     """
+    needs_closure = signature(type(optimizer).step).parameters.get("closure")
+    if (needs_closure is not None and needs_closure.default is Parameter.empty) or isinstance(optimizer, SparseAdam):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} cannot step on a release: its step needs a closure, or sparse gradients"
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [e.name for e in entries if id(e.parameter) not in held]
     if missing:
@@ -49,13 +56,16 @@ class PrivateOptimizer(Optimizer):
     physical batch that does not end its draw. ``zero_grad()`` drops gradients that no step has used yet.
     """
 
+    _step_supports_amp_scaling = True  # so that a GradScaler comes as far as step(), which refuses it
+
     def __init__(self, original: Optimizer, session: Session, max_grad_norm: float):
         # Optimizer.__init__ is not called: parameters, state and defaults are those of the original.
         self.original_optimizer = original
         self._session = session
         self.max_grad_norm = max_grad_norm
-        self._optimizer_step_pre_hooks: dict[int, Any] = {}
-        self._optimizer_step_post_hooks: dict[int, Any] = {}
+        # Hooks registered here run when the original steps: on releases.
+        self._optimizer_step_pre_hooks = original._optimizer_step_pre_hooks
+        self._optimizer_step_post_hooks = original._optimizer_step_post_hooks
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -108,6 +118,12 @@ class PrivateOptimizer(Optimizer):
             raise OptimizerError(
                 "closures are not supported: a closure would see the data again after the noise was added; "
                 "call backward() before step()"
+            )
+        if self.__dict__.pop("found_inf", None) is not None:
+            self.__dict__.pop("grad_scale", None)
+            raise OptimizerError(
+                "GradScaler is not supported: a sample that overflows would decide whether a step is skipped. Multiply "
+                "the loss by a constant and pass it as loss_scale= instead"
             )
         if not self._session.absorb():
             return False

@@ -184,3 +184,88 @@ def test_the_proof_leaves_a_replaced_buffer_alone():
     F.cross_entropy(model(x), y).backward()
     assert optimizer.step()
     assert torch.equal(model.ema, torch.ones(3))  # of the one forward of the user
+
+
+def linear(**options):
+    torch.manual_seed(0)
+    return private(nn.Sequential(nn.Linear(6, 3)), x=torch.randn(8, 6), **options)
+
+
+def step(model, optimizer, loader):
+    for x, y in loader:
+        F.cross_entropy(model(x), y).backward()
+        if optimizer.step():
+            return
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_an_optimizer_that_cannot_step_on_a_release_is_refused_before_a_charge(optimizer):
+    with pytest.raises(dpk.OptimizerError, match=optimizer.__name__):
+        linear(optimizer=optimizer)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_grad_scaler_is_refused_by_name(unscale):
+    engine, model, optimizer, loader = linear()
+    scaler = torch.amp.GradScaler("cpu")
+    x, y = next(iter(loader))
+    scaler.scale(F.cross_entropy(model(x), y)).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    with pytest.raises(dpk.OptimizerError, match="loss_scale"):
+        scaler.step(optimizer)
+    assert engine.accountant.history.total_steps == 0
+
+
+def test_step_hooks_run_on_releases_only():
+    _, model, optimizer, loader = linear(max_physical_batch_size=4)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    step(model, optimizer, loader)
+    assert seen == ["pre", "post"]
+
+
+def test_no_checkpoint_is_loaded_in_the_middle_of_a_draw(tmp_path):
+    engine, model, optimizer, loader = linear(max_physical_batch_size=4)
+    engine.save_checkpoint(str(tmp_path / "c"))
+    with torch.no_grad():
+        model[0].bias.add_(1.0)
+    before = model[0].bias.detach().clone()
+    x, y = next(iter(loader))
+    F.cross_entropy(model(x), y).backward()
+    assert not optimizer.step()
+    with pytest.raises(dpk.EngineError, match="middle"):
+        engine.load_checkpoint(str(tmp_path / "c"))
+    assert torch.equal(model[0].bias, before)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    engine, model, optimizer, loader = linear()
+    step(model, optimizer, loader)
+    engine.save_checkpoint(str(tmp_path / "c"))
+    engine, *_ = linear(optimizer=torch.optim.Adam)
+    with pytest.raises(dpk.CheckpointError, match="SGD"):
+        engine.load_checkpoint(str(tmp_path / "c"))
+
+
+@pytest.mark.filterwarnings("ignore:the history already holds")
+def test_releases_lost_in_a_crash_are_told_of(tmp_path):
+    history = str(tmp_path / "history")
+    engine = dpk.PrivacyEngine(history=history)
+    model = dpk.convert_model(nn.Sequential(nn.Linear(6, 3)))
+    options = {"module": model, "noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": 0.5}
+    options["data_loader"] = DataLoader(TensorDataset(torch.randn(8, 6), torch.arange(8) % 3), batch_size=4)
+    options["optimizer"] = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    with pytest.warns(UserWarning, match="frozen"):
+        model, optimizer, loader = engine.make_private(**options)
+    engine.save_checkpoint(str(tmp_path / "c"))
+    step(model, optimizer, loader)  # observed, then lost
+    engine.detach()
+    engine.accountant.history.close()
+    again = dpk.PrivacyEngine(history=history)
+    with pytest.warns(UserWarning, match="frozen"):
+        again.make_private(**options)
+    with pytest.warns(UserWarning, match="1 release"):
+        again.load_checkpoint(str(tmp_path / "c"))
+    assert again.accountant.history.total_steps == 1
