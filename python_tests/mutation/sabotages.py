@@ -468,6 +468,6 @@ SABOTAGES = (
         "sampling.py",
         "        indices = inclusion(self._words, self._n, self.sample_rate, number).tolist()",
         "        indices = inclusion(self._words, self._n, min(1.0, 2 * self.sample_rate), number).tolist()",
-        (f"{AUDIT}::test_a_whole_run_is_distinguished_no_better_than_accounted", CANARY),
+        (f"{AUDIT}::test_a_whole_run_is_distinguished_as_well_as_accounted",),
     ),
 )
