@@ -2,7 +2,7 @@
 
     python -m bench.bench_demo            writes bench/results/cpu/demo.json
 
-The settings were chosen on other seeds (0, and 100 upwards). Asked of the mean: training without privacy gains
+The settings were chosen on other seeds (0, 1 and 100). Asked of the mean: training without privacy gains
 at least 25 points, and epsilon = 8 closes at least two thirds of that gap.
 """
 
@@ -22,7 +22,7 @@ from dp_bitfit_kernels.demo.outcome import Outcome, Settings
 from dp_bitfit_kernels.demo.report import print_table
 from dp_bitfit_kernels.demo.run import run_demo
 
-SEEDS = [1, 2, 3]
+SEEDS = [2, 3, 4]
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def run_seeds(seeds: list[int], settings: Settings, *, quiet: bool = False) -> d
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             outcomes.append(run_demo(dataclasses.replace(settings, seed=seed), Path(folder), quiet=quiet))
-        if not quiet:
-            print_table(outcomes[-1])
+            if not quiet:
+                print_table(outcomes[-1])
     return {"environment": recorded, "mean": summary(outcomes), "runs": [outcome.to_dict() for outcome in outcomes]}
 
 

@@ -78,9 +78,19 @@ def test_the_saved_biases_fit_only_their_own_network(tmp_path: Path) -> None:
         dpk.load_biases(GlyphNet(channels=8, hidden=16), saved)
 
 
-@pytest.mark.parametrize("argument", [["--epsilons", "0"], ["--epsilons", "inf"], ["--epochs", "0"], []])
+@pytest.mark.parametrize(
+    "argument", [["--epsilons", "0"], ["--epsilons", "inf"], ["--epochs", "0"], ["--seed", "-1"], []]
+)
 def test_the_command_refuses_what_has_no_meaning(argument: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["demo", *argument] if argument else [])
     assert stopped.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_DEMO_NEEDS", ("rich", "no_such_package"))
+    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert "no_such_package" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ class Settings:
 
     epsilons: tuple[float, ...] = (1.0, 3.0, 8.0)
     seed: int = 0
-    epochs: int = 25
+    epochs: int = 22
     batch_size: int = 375
     private_rate: float = 0.1
     max_grad_norm: float = 2.0

@@ -24,9 +24,7 @@ def print_table(outcome: Outcome, console: Console | None = None) -> None:
             "DP-BiTFiT", f"{row.epsilon:.2f}", f"{row.accuracy:.1%}", f"{closed:.0%}", trained, f"{row.seconds:.1f} s"
         )
     seconds = sum(row.seconds for row in tried) / len(tried)
-    table.add_row(
-        f"BiTFiT, best of {len(tried)} rates", "inf", f"{plain.accuracy:.1%}", "100%", trained, f"{seconds:.1f} s"
-    )
+    table.add_row(f"BiTFiT, best of {len(tried)}", "inf", f"{plain.accuracy:.1%}", "100%", trained, f"{seconds:.1f} s")
     console.print(table)
     console.print(
         f"Trained: {outcome.trained:,} biases of {outcome.total:,} parameters. Epsilon: spent, at delta = 1/2n = "
