@@ -78,12 +78,13 @@ def image_flags(tmp_path: Path, image: ModuleType) -> list[str]:
 
 def test_text_private_run_leaves_log_biases_and_result(text: ModuleType, text_flags: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = text.main([*text_flags, "--output", str(out), "--epochs", "2", "--checkpoint-every", "2"])
+    start = ["--pool-layers", "2", "--label-phrases", "bad film; bad plot | good film"]
+    result = text.main([*text_flags, *start, "--output", str(out), "--epochs", "2", "--checkpoint-every", "2"])
     assert result["releases"] == 6 and 0 < result["epsilon"] <= 8 and result["delta"] == 1 / 120
     assert json.loads((out / "result.json").read_text())["accuracy"] == result["accuracy"]
     events = [json.loads(line)["event"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert events == ["start", "checkpoint", "epoch", "checkpoint", "checkpoint", "epoch"]
-    model, _, head = text.load_model(text_flags[1], 2)
+    model, _, head = text.load_model(text_flags[1], 2, layers=2)
     statement = dpk.load_biases(model, out / "biases.safetensors")
     assert statement["epsilon"] == pytest.approx(result["epsilon"]) and head == "head"
 
