@@ -73,6 +73,16 @@ def _refuse_graph() -> None:
         )
 
 
+def _pass_on(output: Tensor) -> Tensor:
+    """The same memory as a tensor of its own to autograd: no copy, and in-place operations after it stay legal.
+
+    Marking ``output`` as changed in place would do too, but costs three copies of each gradient (CopySlices) where
+    it is a view, as the output of F.linear is. No operation of a converted layer keeps its output for the backward,
+    so there is no version for an in-place change to break. The compiler can trace neither and removes the clone.
+    """
+    return output.clone() if torch.compiler.is_compiling() else output.data
+
+
 class BiasGradFunction(torch.autograd.Function):
     """Identity on ``output``; the backward gives the bias its gradient, per sample where ``rows`` is given.
 
@@ -84,22 +94,18 @@ class BiasGradFunction(torch.autograd.Function):
     def forward(
         ctx: Any, output: Tensor, bias: Tensor, rows: Tensor | None, channels_first: bool, backend: str
     ) -> Tensor:
-        ctx.private = rows is not None
-        ctx.shape, ctx.dtype = bias.shape, bias.dtype
-        ctx.channels_first, ctx.backend = channels_first, backend
-        if torch.compiler.is_compiling():
-            return output.clone()  # a marked input cannot be traced; the compiler removes the copy
-        ctx.mark_dirty(output)  # the same tensor goes on: no copy, and in-place operations after it stay legal
-        return output
+        ctx.how = rows is not None, bias.shape, bias.dtype, channels_first, backend
+        return _pass_on(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.private:
+        private, shape, dtype, channels_first, backend = ctx.how
+        if private:
             _refuse_graph()
-        rows = bias_grad(grad, ctx.shape.numel(), ctx.channels_first, ctx.backend)
-        if ctx.private:
+        rows = bias_grad(grad, shape.numel(), channels_first, backend)
+        if private:
             return grad, None, rows, None, None
-        return grad, rows.sum(0).to(ctx.dtype).view(ctx.shape), None, None, None
+        return grad, rows.sum(0).to(dtype).view(shape), None, None, None
 
 
 class WeightGradFunction(torch.autograd.Function):
@@ -111,10 +117,7 @@ class WeightGradFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(inputs)
-        if torch.compiler.is_compiling():
-            return output.clone()
-        ctx.mark_dirty(output)
-        return output
+        return _pass_on(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,10 +21,6 @@ class LinearLayer(BiasLayer):
         private = "weight" in self.trained and self.attachment is not None
         weight = self.weight.detach() if private else self.weight
         output = F.linear(input, weight, self.plain_bias())
-        if output.dim() > 2 and not torch.compiler.is_compiling():
-            # A view of the matrix product: marked as changed in place, autograd would copy its gradient three times
-            # (CopySlices). An unsafe view is a tensor of its own.
-            output = torch.ops.aten._unsafe_view(output, output.shape)
         if private and self.recording():
             self.check_rows(output)
             output = WeightGradFunction.apply(output, input.detach(), self.weight_rows)  # type: ignore[no-untyped-call]
@@ -39,8 +35,7 @@ class Conv1DLayer(BiasLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = torch.addmm(self.plain_bias(), x.view(-1, x.size(-1)), self.weight)  # type: ignore[arg-type]
-        # As in LinearLayer: not a view, so that the tap may mark it as changed in place.
-        return self.tap(torch.ops.aten._unsafe_view(flat, (*x.shape[:-1], self.nf)))
+        return self.tap(flat.view(*x.shape[:-1], self.nf))
 
 
 register(LayerKind("linear", nn.Linear, LinearLayer, whole_names=("weight", "bias")))
