@@ -129,6 +129,7 @@ class Ledger:
         self._storage = torch.empty(0, dtype=torch.float32, device=self.device)
         self._slab: _Slab | None = None
         self._open = False
+        self.opened = 0  # batches so far
         self.layers = [m for m in model.modules() if isinstance(m, BiasLayer)]
         for layer in self.layers:
             if layer.attachment is not None:
@@ -183,6 +184,7 @@ class Ledger:
             for layer, attribute in entry.layers:
                 layer.__dict__[attribute] = leaf
         self._open = True
+        self.opened += 1
 
     def _allocate(self, batch: int) -> _Slab:
         if self._storage.numel() < batch * self.width:

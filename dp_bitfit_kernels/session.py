@@ -228,6 +228,14 @@ class Session:
         return ticket.final
 
     def _check_no_raw_gradient(self) -> None:
+        held = {id(parameter) for parameter in self.model.parameters()}
+        gone = [entry.name for entry in self.ledger.entries if id(entry.parameter) not in held]
+        if gone:
+            self.abandon()
+            raise EngineError(
+                f"parameter {gone[0]!r} is another object than when the engine was attached (assigned anew, or "
+                "load_state_dict(assign=True)): the release would not reach it. Load in place, or attach again"
+            )
         raw = [name for name, parameter in self.model.named_parameters() if parameter.grad is not None]
         if raw:
             self.clear_grads()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import dp_bitfit_kernels as dpk
@@ -269,3 +270,47 @@ def test_releases_lost_in_a_crash_are_told_of(tmp_path):
     with pytest.warns(UserWarning, match="1 release"):
         again.load_checkpoint(str(tmp_path / "c"))
     assert again.accountant.history.total_steps == 1
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return self.last(checkpoint(self.block, self.first(x), use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_block_never_adds_an_earlier_batch_to_the_open_one(reentrant):
+    # Its forward runs again in the backward and would find the rows of the batch that is open by then.
+    torch.manual_seed(0)
+    engine, model, optimizer, loader = private(Checkpointed(reentrant), x=torch.randn(8, 6), max_physical_batch_size=4)
+    batches = iter(loader)
+    x, y = next(batches)
+    loss = F.cross_entropy(model(x), y)
+    with pytest.warns(UserWarning, match="without a step"):
+        x, y = next(batches)
+    with pytest.raises(dpk.EngineError, match="earlier batch"):
+        loss.backward()
+    assert not engine._session.ledger.dirty
+    model.eval()
+    loss = F.cross_entropy(model(x), y)
+    with torch.no_grad():
+        model(torch.randn(3, 6))
+    loss.backward()
+    assert engine._session.ledger.dirty
+
+
+@pytest.mark.parametrize("how", ["assign", "new"])
+def test_a_parameter_that_was_replaced_is_noticed(how):
+    engine, model, optimizer, loader = linear()
+    if how == "assign":
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    else:
+        model[0].bias = nn.Parameter(torch.zeros(3))
+    with pytest.raises(dpk.EngineError, match=r"'0\.bias' is another object"):
+        step(model, optimizer, loader)
+    assert engine.accountant.history.total_steps == 0

@@ -18,7 +18,7 @@ from ..functional import BiasGradFunction
 
 # Everything that a conversion or an engine sets on an instance; removed by restore_layer, never copied or pickled
 # beyond the first two.
-_STATE = ("trained", "backend", "layer_name", "attachment", "bias_rows", "weight_rows")
+_STATE = ("trained", "backend", "layer_name", "attachment", "bias_rows", "weight_rows", "ran_in")
 _KEPT = ("trained", "backend", "layer_name")
 
 
@@ -37,6 +37,7 @@ class BiasLayer(nn.Module):
     backend: str = "auto"
     layer_name: str = ""
     attachment: Any = None
+    ran_in: int = -1  # number of the batch that it last ran on
     bias_rows: Tensor | None = None
     weight_rows: Tensor | None = None
 
@@ -53,7 +54,18 @@ class BiasLayer(nn.Module):
 
     def recording(self) -> bool:
         """True while gradients of this forward are to be taken; refuses a private forward outside a batch."""
-        if not self.trained or not torch.is_grad_enabled():
+        if not self.trained:
+            return False
+        if self.attachment is not None and not torch.compiler.is_compiling():
+            # A checkpointed block runs again in the backward: then only for the batch that it ran on before.
+            if torch._C._current_graph_task_id() == -1:
+                self.__dict__["ran_in"] = self.attachment.opened
+            elif self.ran_in != self.attachment.opened:
+                raise EngineError(
+                    f"layer {self.layer_name!r} is computed again for the backward of an earlier batch than the open "
+                    "one: call backward() before the next batch is drawn"
+                )
+        if not torch.is_grad_enabled():
             return False
         if self.attachment is not None and self.bias_rows is None and self.weight_rows is None:
             raise EngineError(
