@@ -182,6 +182,7 @@ class PrivacyEngine:
             expected_batch_size=expected_batch_size,
             mean_reduction=loss_reduction == "mean",
             loss_scale=loss_scale,
+            poisson_sampling=poisson_sampling,
         )
         session.skip_noise(self._noise_steps)
         self._clipping, self._public_size = method, public
@@ -282,7 +283,8 @@ class PrivacyEngine:
         epsilon = None if delta is None else self.get_epsilon(delta)
         return {
             "private": True,
-            "mechanism": "DP-SGD, Poisson-sampled Gaussian, rounded to an integer grid",
+            "mechanism": "DP-SGD, Gaussian, rounded to an integer grid",
+            "sampling": "Poisson" if session.poisson_sampling else "none: every step at sample rate 1",
             "adjacency": "add or remove one record",
             "epsilon": None if epsilon is None else json_number(epsilon),
             "delta": delta,

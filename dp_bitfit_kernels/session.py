@@ -43,11 +43,13 @@ class Session:
         expected_batch_size: float,
         mean_reduction: bool,
         loss_scale: float,
+        poisson_sampling: bool,
     ):
         self.model, self.ledger, self.keys, self.accountant = model, ledger, keys, accountant
         self.noise_multiplier = noise_multiplier
         self.sample_rate, self.expected_batch_size = sample_rate, expected_batch_size
         self.mean_reduction, self.loss_scale = mean_reduction, loss_scale
+        self.poisson_sampling = poisson_sampling
         self.releases = 0
         self.planned_releases: int | None = None
         self.ticket: Ticket | None = None  # of the open batch
@@ -97,6 +99,8 @@ class Session:
             )
         if other_draw:
             self.abandon()
+        if self.draw is None:
+            self.ledger.total.zero_()  # an interrupt between a clip and its release leaves nothing behind
         self.ticket = ticket
         self._declared = self._was_declared = False
         self._forwards, self._traced = 0, None
@@ -125,11 +129,13 @@ class Session:
     def _open_without_ticket(self, batch: int) -> None:
         if self.draw is not None:
             raise EngineError("a batch without a ticket came in the middle of a draw of the private loader")
-        self._warn_once(
-            "ticketless",
-            "this batch does not come from the private loader: its step is charged at sample rate 1, "
-            "without amplification by sampling",
-        )
+        if self.poisson_sampling:
+            self._warn_once(
+                "ticketless",
+                "this batch does not come from the private loader: its step is charged at sample rate 1, "
+                "without amplification by sampling",
+            )
+        self.ledger.total.zero_()
         self.ledger.open(batch)
         self._forwards, self._traced, self._was_declared = 0, None, False
 

@@ -283,3 +283,27 @@ def test_detach_gives_plain_training_back():
     assert model[0].bias.grad is not None
     with pytest.raises(dpk.EngineError, match="make_private"):
         engine.save_checkpoint("x")
+
+
+def test_without_poisson_sampling_every_step_is_charged_at_one():
+    engine, model, optimizer, loader = private(small_model(), sigma=1.0, poisson_sampling=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in loader:
+            F.cross_entropy(model(x), y).backward()
+            assert optimizer.step()
+    assert [(s.sample_rate, s.count) for s in engine.accountant.history.segments] == [(1.0, 3)]
+    assert "Poisson" not in engine.privacy_statement(1e-3)["sampling"]
+
+
+@pytest.mark.parametrize("ticketless", [True, False])
+def test_a_sum_that_an_interrupt_left_behind_is_not_released(ticketless):
+    engine, model, optimizer, loader = private(small_model(), sample_rate=1e-12, expected_batch_size=1.0)
+    engine._session.ledger.total.fill_(1 << 20)
+    before = flat(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x, y = (torch.randn(4, 6), torch.zeros(4, dtype=torch.long)) if ticketless else next(iter(loader))
+        (F.cross_entropy(model(x), y) * 0.0).backward()
+    assert optimizer.step()
+    assert torch.equal(flat(model), before)
