@@ -41,6 +41,10 @@ def test_only_the_stable_interfaces_are_used() -> None:
     foreign = [name for name in undefined if "torch" in name and not name.startswith(("aoti_torch_", "torch_"))]
     assert not foreign
     assert any(name.startswith("aoti_torch_") for name in undefined)
+    assert {name for name in undefined if name.startswith(("Py", "_Py"))} == {
+        "PyModule_AddStringConstant",
+        "PyModule_Create2",
+    }
 
 
 @built
