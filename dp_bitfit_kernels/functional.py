@@ -94,18 +94,19 @@ class BiasGradFunction(torch.autograd.Function):
     def forward(
         ctx: Any, output: Tensor, bias: Tensor, rows: Tensor | None, channels_first: bool, backend: str
     ) -> Tensor:
-        ctx.how = rows is not None, bias.shape, bias.dtype, channels_first, backend
+        ctx.private = rows is not None
+        ctx.shape, ctx.dtype = bias.shape, bias.dtype
+        ctx.channels_first, ctx.backend = channels_first, backend
         return _pass_on(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        private, shape, dtype, channels_first, backend = ctx.how
-        if private:
+        if ctx.private:
             _refuse_graph()
-        rows = bias_grad(grad, shape.numel(), channels_first, backend)
-        if private:
+        rows = bias_grad(grad, ctx.shape.numel(), ctx.channels_first, ctx.backend)
+        if ctx.private:
             return grad, None, rows, None, None
-        return grad, rows.sum(0).to(dtype).view(shape), None, None, None
+        return grad, rows.sum(0).to(ctx.dtype).view(ctx.shape), None, None, None
 
 
 class WeightGradFunction(torch.autograd.Function):
