@@ -30,8 +30,9 @@ from bench.timing import interleave
 THREADS = (1, 2)
 TARGET = 1.02  # time and peak bytes of ours over plain bias-only
 ROUNDS = 80  # of ours and the baseline; the rivals run in every RIVAL_PERIOD-th
-RIVAL_PERIOD = 5
-SECONDS = 26.0  # of timing per case and thread count
+RIVAL_PERIOD = 8
+CONTROL_PERIOD = 2
+SECONDS = 34.0  # of timing per case and thread count
 
 Verdict = dict[str, dict[str, Any]]
 
@@ -81,6 +82,7 @@ def measure_time(
     try:
         steps = {name: PROVIDERS[name].build(case, batch, settings) for name in names}
         rivals = {name: RIVAL_PERIOD for name in steps if name not in (OURS, BASELINE, CONTROL)}
+        rivals[CONTROL] = CONTROL_PERIOD
         samples = interleave(steps, rounds=rounds, every=rivals, budget_s=seconds)
     finally:
         torch.set_num_threads(before)

@@ -36,7 +36,7 @@ class Peak:
     holders: dict[str, int] = field(default_factory=dict, repr=False)  # op path -> bytes alive at the peak
 
 
-def peak_bytes(build: Callable[[], Callable[[], object]], *, warm_up: int = 2) -> Peak:
+def peak_bytes(build: Callable[[], Callable[[], object]], *, warm_up: int = 1) -> Peak:
     """Peak tensor bytes of one step; `build()` makes everything the step needs and returns the step.
 
     Build inside, not before: what was allocated before the profile began is not counted (see the module docstring).

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-WARM_UP = 2
+WARM_UP = 1
 BOOTSTRAP_DRAWS = 4000
 
 
@@ -98,12 +98,12 @@ def interleave(
 
     every: name -> n runs that contender in each n-th round only (a slow rival need not cost the precision of the pair
         that matters); its ratios then use those rounds.
-    budget_s: stop before the round that would pass this many seconds of wall time, never before 3 samples of each.
+    budget_s: stop before the round that would pass this many seconds of wall time, never before each had 2 samples.
     The garbage collector is run between rounds and held off inside them, as `timeit` does.
     """
     keep_freed_memory()
     period = {name: (every or {}).get(name, 1) for name in contenders}
-    least = 2 * max(period.values()) + 1
+    least = max(max(period.values()) + 1, 3)
     shuffle = random.Random(seed)
     for step in contenders.values():
         for _ in range(warm_up):
