@@ -2,8 +2,9 @@
 
     python -m bench.bench_demo            writes bench/results/cpu/demo.json
 
-The settings were chosen on other seeds (0, 1 and 100). Asked of the mean: training without privacy gains
-at least 25 points, and epsilon = 8 closes at least two thirds of that gap.
+The settings were chosen on other seeds (0, 1, 2 and 100). Asked of the mean: training without privacy gains
+at least 25 points, and epsilon = 8 closes at least two thirds of that gap. The network also knows capitals, so both are
+also given from the accuracy that it has before fine-tuning when letters are ruled out as answers.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from dp_bitfit_kernels.demo.outcome import Outcome, Settings
 from dp_bitfit_kernels.demo.report import print_table
 from dp_bitfit_kernels.demo.run import run_demo
 
-SEEDS = [2, 3, 4]
+SEEDS = [3, 4, 5]
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     """Means over the seeds, accuracies in percent; `closed` is the ratio of mean gains, not the mean of ratios."""
     before = statistics.mean(100 * o.before.accuracy for o in outcomes)
+    digits_only = statistics.mean(100 * o.before_digits_only for o in outcomes)
     plain = statistics.mean(100 * o.plain.accuracy for o in outcomes)
     private = {}
     for rows in zip(*(o.private for o in outcomes), strict=True):
@@ -37,13 +39,16 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
             "accuracy": mean,
             "stdev": statistics.stdev(scores) if len(scores) > 1 else None,
             "closed": (mean - before) / (plain - before),
+            "closed_of_digits_only": (mean - digits_only) / (plain - digits_only),
         }
     gap = plain - before
     largest = list(private.values())[-1]
     return {
         "before": before,
+        "before_digits_only": digits_only,
         "no_privacy": plain,
         "gap": gap,
+        "gap_from_digits_only": plain - digits_only,
         "private": private,
         "gap_at_least_25": gap >= 25,
         "largest_epsilon_closes_two_thirds": largest["closed"] >= 2 / 3,

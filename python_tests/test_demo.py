@@ -19,7 +19,7 @@ pytest.importorskip("dp_accounting")
 import dp_bitfit_kernels as dpk
 from dp_bitfit_kernels import cli
 from dp_bitfit_kernels.demo.digits import handwritten_digits
-from dp_bitfit_kernels.demo.glyphs import digit_fonts, glyph_set, master_glyphs
+from dp_bitfit_kernels.demo.glyphs import CHARACTERS, glyph_set, master_glyphs, text_fonts
 from dp_bitfit_kernels.demo.network import GlyphNet
 from dp_bitfit_kernels.demo.outcome import Settings
 from dp_bitfit_kernels.demo.report import print_table
@@ -30,12 +30,13 @@ TINY = Settings(
 )
 
 
-def test_every_font_shows_ten_different_digits() -> None:
+def test_every_font_shows_each_character_differently() -> None:
     images, labels = master_glyphs()
-    assert len(images) == 10 * len(digit_fonts()) and len(digit_fonts()) >= 10
-    for font in images.view(-1, 10, images[0].numel()):
-        assert len({tuple(digit.tolist()) for digit in font}) == 10
-    assert labels.view(-1, 10).equal(torch.arange(10).expand(len(digit_fonts()), 10))
+    count, fonts = len(CHARACTERS), len(text_fonts())
+    assert len(images) == count * fonts and fonts >= 10
+    for font in images.view(fonts, count, -1):
+        assert len({tuple(character.tolist()) for character in font}) == count
+    assert labels.view(fonts, count).equal(torch.arange(count).expand(fonts, count))
 
 
 def test_glyphs_follow_from_the_seed_alone() -> None:

@@ -1,1 +1,1 @@
-"""The demonstration behind `dp-bitfit demo`: printed digits are public, handwritten digits are private."""
+"""The demonstration behind `dp-bitfit demo`: printed characters are public, handwritten digits private."""

@@ -1,4 +1,4 @@
-"""The public data: digits rendered from the fonts that matplotlib ships, augmented. Nothing is downloaded."""
+"""The public data: digits and capitals rendered from the fonts of matplotlib, augmented; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 IMAGE_SIZE = 16
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # class k is character k, so a digit is its own class
 _MASTER_SIZE = 32
 _TEXT_FONTS = ("DejaVuSans*", "DejaVuSerif*", "STIXGeneral*", "cmb10*", "cmr10*", "cmss10*", "cmti10*", "cmtt10*")
 
 
-def digit_fonts() -> list[Path]:
-    """Files of matplotlib's fonts that hold the digits as ordinary text; its symbol and display fonts do not."""
+def text_fonts() -> list[Path]:
+    """Files of matplotlib's fonts that hold digits and capitals as ordinary text, not its symbol and display fonts."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     files = {file for pattern in _TEXT_FONTS for file in folder.glob(pattern + ".ttf") if "Display" not in file.name}
     return sorted(files)
 
 
 def master_glyphs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Every digit of every font once: images [fonts*10, 32, 32] in [0, 1], each filling its square, and labels."""
+    """Every character of every font once: images [fonts*36, 32, 32] in [0, 1], each filling its square, and labels."""
     images: list[np.ndarray] = []
     labels: list[int] = []
-    for file in digit_fonts():
+    for file in text_fonts():
         font = ImageFont.truetype(str(file), 4 * _MASTER_SIZE)
-        for digit in range(10):
+        for label, character in enumerate(CHARACTERS):
             canvas = Image.new("L", (8 * _MASTER_SIZE, 8 * _MASTER_SIZE))
-            ImageDraw.Draw(canvas).text((_MASTER_SIZE, _MASTER_SIZE), str(digit), fill=255, font=font)
+            ImageDraw.Draw(canvas).text((_MASTER_SIZE, _MASTER_SIZE), character, fill=255, font=font)
             images.append(_fit(canvas))
-            labels.append(digit)
+            labels.append(label)
     return torch.from_numpy(np.stack(images)).float() / 255, torch.tensor(labels)
 
 
 def _fit(canvas: Image.Image) -> np.ndarray:
-    """Crop to the ink and scale to the height of the square, centred; digits keep their shape."""
+    """Crop to the ink and scale it to fill the square, centred; characters keep their proportions."""
     ink = canvas.crop(canvas.getbbox())
     scale = (_MASTER_SIZE - 2) / max(ink.size)
     width, height = (max(1, round(side * scale)) for side in ink.size)

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .glyphs import CHARACTERS
+
 
 class GlyphNet(nn.Module):
-    """Images [B, 1, 16, 16] -> logits [B, 10].
+    """Images [B, 1, 16, 16] -> logits [B, 36] of `glyphs.CHARACTERS`, the digits first.
 
     Biases at several depths: moving one moves where its unit switches on, and together they bend the features, not only
     the last layer, to another kind of digit.
@@ -24,7 +26,7 @@ class GlyphNet(nn.Module):
         self.norm2 = nn.GroupNorm(8, 2 * channels)
         self.hidden1 = nn.Linear(2 * channels * 16, hidden)
         self.hidden2 = nn.Linear(hidden, hidden)
-        self.head = nn.Linear(hidden, 10)
+        self.head = nn.Linear(hidden, len(CHARACTERS))
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.norm1(self.conv1(images)))
@@ -63,7 +65,7 @@ def pretrain(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images [n, 1, 16, 16] whose largest logit is that of the label [n]."""
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, classes: int = len(CHARACTERS)) -> float:
+    """Share of images [n, 1, 16, 16] whose largest logit, of the first `classes`, is that of the label [n]."""
     model.eval()
-    return float((model(images).argmax(1) == labels).double().mean())
+    return float((model(images)[:, :classes].argmax(1) == labels).double().mean())

@@ -13,13 +13,13 @@ class Settings:
 
     epsilons: tuple[float, ...] = (1.0, 3.0, 8.0)
     seed: int = 0
-    epochs: int = 22
+    epochs: int = 15
     batch_size: int = 375
     private_rate: float = 0.1
     max_grad_norm: float = 2.0
     plain_rates: tuple[float, ...] = (0.05, 0.1, 0.2)
-    glyphs: int = 12_000
-    pretrain_epochs: int = 3
+    glyphs: int = 15_000
+    pretrain_epochs: int = 2
     channels: int = 64
     hidden: int = 512
 
@@ -37,13 +37,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All of a run. `reloaded` is the accuracy of a fresh network with the saved biases of `saved_epsilon`."""
+    """All of a run.
+
+    `before_digits_only` is the accuracy before fine-tuning with letters ruled out as answers: what is gained beyond it
+    is more than unlearning letters. `reloaded` is that of a fresh network with the saved biases of the largest epsilon.
+    """
 
     settings: Settings
     delta: float
     trained: int
     total: int
     before: Row
+    before_digits_only: float
     private: list[Row]
     plain: Row
     plain_all: list[Row]

@@ -27,6 +27,7 @@ def print_table(outcome: Outcome, console: Console | None = None) -> None:
     table.add_row(f"BiTFiT, best of {len(tried)}", "inf", f"{plain.accuracy:.1%}", "100%", trained, f"{seconds:.1f} s")
     console.print(table)
     console.print(
+        f"The network also knows capitals; before, with letters ruled out: {outcome.before_digits_only:.1%}.\n"
         f"Trained: {outcome.trained:,} biases of {outcome.total:,} parameters. Epsilon: spent, at delta = 1/2n = "
         f"{outcome.delta:.2g}, one image added or removed.\n"
         f"Biases of epsilon = {outcome.private[-1].epsilon:.2f}: {outcome.saved} "

@@ -65,6 +65,7 @@ def run_demo(settings: Settings, out: Path, *, quiet: bool = False) -> Outcome:
         trained=report.trained_elements,
         total=report.total,
         before=before,
+        before_digits_only=accuracy(base, *digits[2:], classes=10),
         private=private,
         plain=plain,
         plain_all=plain_all,
