@@ -57,7 +57,7 @@ def convert(model: nn.Module, args: argparse.Namespace, head: str, sample: Any) 
     dpk.convert_model(model, biases=biases, train_modules=(head,), sample_batch=sample)
     print(dpk.conversion_report(model))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    in_head = {name for name in trained if name.startswith(head + ".")}
+    in_head = [name for name in trained if name.startswith(head + ".")]  # in order: checkpoints number parameters
     groups = [
         {"params": [p for name, p in trained.items() if name not in in_head], "lr": args.lr},
         {"params": [trained[name] for name in in_head], "lr": args.head_lr or args.lr},
