@@ -32,8 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="fine-tune a small network privately on handwritten digits",
-        description="Pre-trains a small network on printed characters (public), fine-tunes its biases with differential "
-        "privacy on scikit-learn's handwritten digits (private), and compares. Nothing is downloaded.",
+        description="Pre-trains a small network on printed characters (public), fine-tunes its biases with "
+        "differential privacy on scikit-learn's handwritten digits (private), and compares. Nothing is downloaded.",
     )
     usual = Settings()
     budgets = " ".join(f"{epsilon:g}" for epsilon in usual.epsilons)
