@@ -173,3 +173,13 @@ def test_image_weights_fit_the_model(image: ModuleType) -> None:
     for depth, blocks in ((20, 3), (56, 9)):
         model = image.load_model(str(folder / f"cifar100_resnet{depth}.pth"), 10)
         assert len(model.layer1) == blocks and model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_parameters_keep_their_order(image: ModuleType) -> None:
+    """Optimizer checkpoints number parameters: an order that varies between processes breaks every resume."""
+    model = image.ResNet(blocks=1, classes=10)
+    args = image.parse(["--data", "x", "--weights", "x", "--output", "x"])
+    biases, head = sys.modules["common"].convert(model, args, "fc", sample=torch.zeros(2, 3, 32, 32))
+    assert [tuple(p.shape) for p in head["params"]] == [(10, 64), (10,)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(a is b for a, b in zip([*biases["params"], *head["params"]], trained, strict=True))
