@@ -234,7 +234,8 @@ class Session:
         return ticket.final
 
     def _check_no_raw_gradient(self) -> None:
-        held = {id(parameter) for parameter in self.model.parameters()}
+        named = list(self.model.named_parameters())
+        held = {id(parameter) for _, parameter in named}
         gone = [entry.name for entry in self.ledger.entries if id(entry.parameter) not in held]
         if gone:
             self.abandon()
@@ -242,9 +243,10 @@ class Session:
                 f"parameter {gone[0]!r} is another object than when the engine was attached (assigned anew, or "
                 "load_state_dict(assign=True)): the release would not reach it. Load in place, or attach again"
             )
-        raw = [name for name, parameter in self.model.named_parameters() if parameter.grad is not None]
+        raw = [name for name, parameter in named if parameter.grad is not None]
         if raw:
-            self.clear_grads()
+            for _, parameter in named:
+                parameter.grad = None
             self.abandon()
             raise EngineError(
                 f"a raw gradient reached parameter {raw[0]!r} outside a converted layer (the model uses it directly, "
@@ -275,8 +277,9 @@ class Session:
         release_into(ledger.entries, flat)
 
     def clear_grads(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        """Take the release out of the gradients; no other parameter has one."""
+        for entry in self.ledger.entries:
+            entry.parameter.grad = None
 
     @property
     def noise_steps(self) -> int:

@@ -44,4 +44,5 @@ def test_names_are_unique_and_sources_found():
     package = Path(__file__).parent.parent / "dp_bitfit_kernels"
     assert len({s.name for s in SABOTAGES}) == len(SABOTAGES)
     for sabotage in SABOTAGES:
-        assert (package / sabotage.file).read_text().count(sabotage.old) == 1, sabotage.name
+        for file, old, _ in ((sabotage.file, sabotage.old, sabotage.new), *sabotage.also):
+            assert (package / file).read_text().count(old) == 1, sabotage.name

@@ -61,14 +61,13 @@ def module_of(file: str) -> str:
 
 def run_child(sabotage: Sabotage) -> None:
     changes: dict[str, tuple[tuple[str, str], ...]] = {}
-    if sabotage.file:
-        changes[module_of(sabotage.file)] = ((sabotage.old, sabotage.new),)
+    for file, old, new in ((sabotage.file, sabotage.old, sabotage.new), *sabotage.also):
+        changes[module_of(file)] = (*changes.get(module_of(file), ()), (old, new))
     if not sabotage.native:
         reason = "def native_available(device_type: str) -> str | None:\n"
         changes["dp_bitfit_kernels._extension"] = ((reason, reason + "    return 'left out by the mutation suite'\n"),)
     sys.meta_path.insert(0, _Finder(changes))
-    existing = [test for test in sabotage.tests if (TESTS / test.split("::")[0]).exists()]
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow or slow", *(str(TESTS / t) for t in existing)]
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", *(str(TESTS / test) for test in sabotage.tests)]
     os._exit(int(pytest.main(arguments)))
 
 

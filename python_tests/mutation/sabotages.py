@@ -16,6 +16,7 @@ class Sabotage(NamedTuple):
     new: str
     tests: tuple[str, ...]
     native: bool = False
+    also: tuple[tuple[str, str, str], ...] = ()  # more changes (file, old, new), where two places guard the same
 
 
 ENGINE, BAD, RESUME = "test_engine.py", "test_bad_input.py", "test_resume.py"
@@ -23,6 +24,15 @@ ORACLE = f"{ENGINE}::test_step_equals_oracle"
 GUARANTEES, AUDIT, RESIDUE = "test_guarantees.py", "test_audit.py", "test_residue.py"
 ONE_RECORD = f"{GUARANTEES}::test_one_record_moves_the_sum_by_at_most_the_bound"
 CANARY = f"{AUDIT}::test_a_canary_shows_as_much_as_accounted"
+
+NO_FRESH_DRAW = (
+    ("session.py", "            self.ledger.total.zero_()  # an interrupt", "            pass  # an interrupt"),
+    (
+        "session.py",
+        "        self.ledger.total.zero_()\n        self.ledger.open(batch)",
+        "        self.ledger.open(batch)",
+    ),
+)
 
 SABOTAGES = (
     Sabotage(
@@ -123,6 +133,7 @@ SABOTAGES = (
         "        self.close()\n        self.total.zero_()",
         "        self.close()",
         (f"{BAD}::test_breaking_out_of_a_draw_leaves_no_residue",),
+        also=NO_FRESH_DRAW,
     ),
     Sabotage(
         "a released sum is released again",
@@ -348,6 +359,7 @@ SABOTAGES = (
         "            self._session.abandon()\n            raise\n",
         "            raise\n",
         (f"{RESIDUE}::test_a_release_that_fails_leaves_no_sum_behind",),
+        also=NO_FRESH_DRAW,
     ),
     Sabotage(
         "norms are understated by one percent",
