@@ -41,6 +41,8 @@ lint: $(BUILT)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+# Test tensors are small: threads that wait for each other cost more than they give. Tests of threading set their own.
+test: export OMP_NUM_THREADS ?= 1
 test: lint $(TEST_MODULE)
 	$(PYTHON) -m pytest python_tests -m "not gpu and not interpreter and not mutation"
 	TRITON_INTERPRET=1 $(call pytest_lane,interpreter)
