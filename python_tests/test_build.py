@@ -92,7 +92,7 @@ import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch
-    from dp_bitfit_kernels import _extension, backends
+    from dp_bitfit_kernels import BackendError, _extension, backends
     names = [backends.select("auto", "cpu").name for _ in range(2)]
     rows = backends.select("auto", "cpu").bias_grad(torch.ones(2, 3, 4))
 ours = [str(w.message) for w in caught if "was not built" in str(w.message)]
@@ -102,7 +102,7 @@ assert rows.tolist() == [[3.0] * 4] * 2
 assert "was not built" in _extension.native_available("cpu")
 try:
     backends.select("native", "cpu")
-except Exception as error:
+except BackendError as error:
     print(type(error).__name__)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

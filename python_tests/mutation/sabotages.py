@@ -482,4 +482,11 @@ SABOTAGES = (
         "        indices = inclusion(self._words, self._n, min(1.0, 2 * self.sample_rate), number).tolist()",
         (f"{AUDIT}::test_a_whole_run_is_distinguished_as_well_as_accounted",),
     ),
+    Sabotage(
+        "a contribution is left out of the norm",
+        "ledger.py",
+        "self._grid, extra, scale, plan.gamma",
+        "self._grid, None, scale, plan.gamma",
+        ("test_ledger.py",),
+    ),
 )
