@@ -1,13 +1,13 @@
-"""Interleaved timing: contenders take turns within one run, and only ratios of their medians are reported.
+"""Interleaved timing: contenders take turns within one run, and medians of their ratios side by side are reported.
 
 A time in milliseconds says as much about the hour as about the code: another process, a hotter core or a different
 page cache moves it by tens of per cent. So every round lets every contender run once, in an order shuffled anew
-(seeded) so that no contender always follows the same neighbour's cache and allocator state, and the ratio of two
-contenders is taken between samples that were drawn side by side.
+(seeded) so that no contender always follows the same neighbour's cache and allocator state. The ratio of two
+contenders is taken within each round, between samples drawn side by side, and the median over the rounds is reported:
+what slows the machine down for longer than a round cancels, which it does not in a ratio of two medians.
 
-The interval is a bootstrap over whole rounds: a round is drawn with all its samples, which keeps the pairing, and the
-2.5 % and 97.5 % quantiles of the resampled ratio of medians are given. An interval wider than the effect means that the
-machine was not quiet: say so instead of quoting the ratio.
+The interval is a bootstrap over rounds: the 2.5 % and 97.5 % quantiles of the resampled median. An interval wider than
+the effect means that the machine was not quiet: say so instead of quoting the ratio.
 
 glibc gives large blocks back to the system as soon as they are free, and how often depends on what else lies on the
 heap: the same step was seen with 0 and with 1,500 page faults, by its neighbours. `keep_freed_memory` turns that off
@@ -51,14 +51,13 @@ class Samples:
         return float((high - low) / middle)
 
     def ratio(self, name: str, baseline: str, *, cpu: bool = False) -> Ratio:
-        """Ratio of medians over the rounds in which both ran, with its bootstrap interval (95 %)."""
+        """Median ratio over the rounds in which both ran, with its bootstrap interval (95 %)."""
         kept = self.cpu_seconds if cpu else self.seconds
-        both = ~(np.isnan(kept[name]) | np.isnan(kept[baseline]))
-        ours, theirs = kept[name][both], kept[baseline][both]
-        picks = np.random.default_rng(0).integers(0, len(ours), size=(BOOTSTRAP_DRAWS, len(ours)))
-        resampled = np.median(ours[picks], axis=1) / np.median(theirs[picks], axis=1)
-        low, high = np.quantile(resampled, (0.025, 0.975))
-        return Ratio(float(np.median(ours) / np.median(theirs)), float(low), float(high), int(both.sum()))
+        ratios = kept[name] / kept[baseline]
+        ratios = ratios[~np.isnan(ratios)]
+        picks = np.random.default_rng(0).integers(0, len(ratios), size=(BOOTSTRAP_DRAWS, len(ratios)))
+        low, high = np.quantile(np.median(ratios[picks], axis=1), (0.025, 0.975))
+        return Ratio(float(np.median(ratios)), float(low), float(high), len(ratios))
 
 
 @dataclass(frozen=True)
