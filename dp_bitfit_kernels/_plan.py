@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ._validate import AccountingError, CheckpointError, SamplingError
+from ._validate import AccountingError, CheckpointError, EngineError, SamplingError
 from .ledger import Entry
 from .sampling import loader_facts
 
@@ -42,6 +42,20 @@ def plan_sampling(loader: DataLoader[Any], sample_rate: float | None, poisson: b
         raise SamplingError(f"sample_rate={sample_rate!r} must lie in (0, 1]")
     # ceil(1/q), forgiving the last bits of a q such as 1/49 that is not a float.
     return float(sample_rate), max(1, math.ceil((1.0 - 1e-12) / sample_rate)), None
+
+
+def plan_divisor(loader: DataLoader[Any], sample_rate: float | None, expected_batch_size: float | None) -> float:
+    """What a draw's sum is divided by: the expected batch size."""
+    if expected_batch_size is None:
+        if sample_rate is not None:
+            raise EngineError(
+                f"sample_rate={sample_rate!r} needs expected_batch_size= beside it: the sum is divided by it, and the "
+                "loader's batch size belongs to another rate"
+            )
+        expected_batch_size = float(loader_facts(loader).batch_size)
+    if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
+        raise EngineError(f"expected_batch_size={expected_batch_size!r} must be finite and > 0")
+    return float(expected_batch_size)
 
 
 def check_delta(delta: float, size: int | None) -> None:

@@ -3,7 +3,7 @@
 `History` records every release; `Accountant` evaluates it with dp-accounting (PLD or RDP, add-or-remove-one adjacency);
 `calibrate_noise_multiplier` inverts that. The CLT/GDP approximation is not an upper bound and is not offered.
 
-Guarantees (one test per sentence in python_tests/test_accounting.py):
+Guarantees (one test per sentence in python_tests/test_accounting.py and test_history.py):
 
 * Every figure is an upper bound on epsilon for the recorded releases; where two bounds are known the smaller is given.
 * A history never shrinks: merging an older or a newer copy of itself neither drops nor doubles a release.

@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader
 
 from . import backends, checkpoint
 from ._history import History
-from ._plan import check_delta, check_fit, groups, json_number, plan_sampling, warn_of_lost
+from ._plan import check_delta, check_fit, groups, json_number, plan_divisor, plan_sampling, warn_of_lost
 from ._validate import AccountingError, CheckpointError, EngineError
 from .accounting import Accountant, calibrate_noise_multiplier
 from .clipping import ClippingMethod, resolve
 from .ledger import Ledger, find_entries
 from .noise import STREAM_SAMPLER, KeySource, delta_slack, epsilon_slack
 from .optimizer import PrivateOptimizer, check_parameters
-from .sampling import DrawCounter, PrivateDataLoader, Ticket, loader_facts
+from .sampling import DrawCounter, PrivateDataLoader, Ticket
 from .session import Session
 
 _FORMAT = "dp-bitfit-checkpoint"
@@ -116,7 +116,8 @@ class PrivacyEngine:
             loss_scale: static factor that the user multiplies the loss by (fp16); undone before clipping.
             poisson_sampling: False returns the loader unchanged, and every step is charged at sample rate 1.
             sample_rate: q; None takes batch_size / n, which makes n public (the privacy statement says so).
-            expected_batch_size: what the sum is divided by; None takes the loader's batch size.
+            expected_batch_size: what the sum is divided by; None takes the loader's batch size. A given
+                ``sample_rate`` demands it: rate and loader need not agree, and their n is not read.
             max_physical_batch_size: draws are split into physical batches of at most so many rows.
             pad_physical_batches: every physical batch exactly that large, with masked repeats; None: in secure mode.
 
@@ -142,10 +143,7 @@ class PrivacyEngine:
                 "secure_mode=True needs poisson_sampling and padded physical batches: set max_physical_batch_size"
             )
         rate, steps, public = plan_sampling(data_loader, sample_rate, poisson_sampling)
-        if expected_batch_size is None:
-            expected_batch_size = float(loader_facts(data_loader).batch_size)
-        if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
-            raise EngineError(f"expected_batch_size={expected_batch_size!r} must be finite and > 0")
+        expected = plan_divisor(data_loader, sample_rate, expected_batch_size)
 
         entries = find_entries(module)
         check_parameters(optimizer, module, entries)
@@ -179,10 +177,11 @@ class PrivacyEngine:
             self.accountant,
             noise_multiplier=float(noise_multiplier),
             sample_rate=rate,
-            expected_batch_size=expected_batch_size,
+            expected_batch_size=expected,
             mean_reduction=loss_reduction == "mean",
             loss_scale=loss_scale,
             poisson_sampling=poisson_sampling,
+            secure_mode=self.secure_mode,
         )
         session.skip_noise(self._noise_steps)
         self._clipping, self._public_size = method, public
@@ -314,7 +313,7 @@ class PrivacyEngine:
         if session.ledger.dirty or session.draw is not None:
             warnings.warn("detach() drops a draw that was not released", stacklevel=2)
         self._hook.remove()
-        session.ledger.detach()
+        session.end()
         self._noise_steps = session.noise_steps
         self._session = self._optimizer = self._loader = None
         self._earlier = self.accountant.history.total_steps

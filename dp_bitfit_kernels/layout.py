@@ -8,11 +8,14 @@ show in the others' outputs, nor in a buffer. A loss that the model itself retur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -146,6 +149,17 @@ class _Run:
     faults: list[str]
 
 
+@contextlib.contextmanager
+def _python_generators_kept() -> Iterator[None]:
+    """Python's and NumPy's generators, too: stochastic depth and layer drop use them in some models."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the one that models use
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+
 @dataclasses.dataclass
 class _Trial:
     """Runs the model on rows of its inputs; generators and buffers are as before afterwards."""
@@ -179,7 +193,7 @@ class _Trial:
         ]
         chosen = _map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            with torch.no_grad(), torch.random.fork_rng(devices=devices), _python_generators_kept():
                 run.output = self.model(*chosen[0], **chosen[1])
             for module, name, own, _, _ in owned:
                 value = module._buffers[own]

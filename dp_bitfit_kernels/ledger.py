@@ -203,6 +203,13 @@ class Ledger:
             slab.contributions.clear()
             slab.clean_version = slab.rows._version
 
+    def silent(self) -> list[str]:
+        """Names of trained parameters whose rows of the open batch are all exactly zero (reads the device)."""
+        slab = self._slab
+        if slab is None or not self._open or slab.contributions:  # a contribution's rows cannot be looked at
+            return []
+        return [entry.name for entry, part in zip(self.entries, slab.parts, strict=True) if not bool(part.any())]
+
     def contribute(self, contribution: Contribution) -> None:
         """Add a contribution to the open batch, beside the dense rows."""
         if self._slab is None or not self._open:

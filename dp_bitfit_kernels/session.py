@@ -44,12 +44,14 @@ class Session:
         mean_reduction: bool,
         loss_scale: float,
         poisson_sampling: bool,
+        secure_mode: bool,
     ):
         self.model, self.ledger, self.keys, self.accountant = model, ledger, keys, accountant
         self.noise_multiplier = noise_multiplier
         self.sample_rate, self.expected_batch_size = sample_rate, expected_batch_size
         self.mean_reduction, self.loss_scale = mean_reduction, loss_scale
-        self.poisson_sampling = poisson_sampling
+        self.poisson_sampling, self.secure_mode = poisson_sampling, secure_mode
+        self.ended = False  # by detach()
         self.releases = 0
         self.planned_releases: int | None = None
         self.ticket: Ticket | None = None  # of the open batch
@@ -63,6 +65,7 @@ class Session:
         self._traced: tuple[Any, Any] | None = None  # inputs of a compiled forward of the open batch
         self._proven = False
         self._proven_for: int | None = None  # where all samples were alike, the proof is for this batch size only
+        self._reach_checked = False
         self._warned: set[str] = set()
         for parameter in model.parameters():
             parameter.grad = None
@@ -92,6 +95,12 @@ class Session:
             raise EngineError("a batch was backpropagated but not stepped: call optimizer.step() after every batch")
         other_draw = self.draw is not None and self.draw != ticket.draw
         if self.ticket is not None or other_draw or ticket.part > (self._next_part if self.draw is not None else 0):
+            if self.secure_mode:
+                self.abandon()
+                raise EngineError(
+                    "a drawn batch was left without a step, which secure_mode refuses: leaving out batches by a rule "
+                    "that looks at private data voids the guarantee. The draw was dropped; iterate the loader anew"
+                )
             self._warn_once(
                 "skipped",
                 "a drawn batch was left without a step; nothing of it is used. Leaving out batches by a rule that "
@@ -197,6 +206,11 @@ class Session:
         self.ledger.discard()
         self.ticket, self.draw, self._next_part = None, None, 0
 
+    def end(self) -> None:
+        """Detach for good: the optimizer of this session refuses further steps."""
+        self.ledger.detach()
+        self.ended = True
+
     def drop_rows(self) -> None:
         """Forget gradients of the open batch that no step has used (zero_grad)."""
         if self.ledger.dirty:
@@ -208,9 +222,11 @@ class Session:
 
         Raises:
             OptimizerError: nothing was backpropagated.
-            EngineError: a gradient reached a parameter outside the converted layers.
+            EngineError: a gradient reached a parameter outside the converted layers, or the engine was detached.
         """
-        self._check_no_raw_gradient()
+        if self.ended:
+            raise EngineError("this private optimizer belongs to a detached engine: use that of the last make_private")
+        self._check_parameters()
         batch = self.ledger.batch
         if batch is None or not self.ledger.dirty:
             raise OptimizerError(
@@ -219,6 +235,8 @@ class Session:
             )
         if not self._proven and self._proven_for != batch and "unproven" not in self._warned:
             self._prove_unseen(batch)
+        if self.releases and not self._reach_checked:
+            self._warn_of_silent()
         try:
             self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
         except BaseException:  # also an interrupt: what may be half added is never added again
@@ -233,7 +251,19 @@ class Session:
         self.draw, self._next_part = ticket.draw, ticket.part + 1
         return ticket.final
 
-    def _check_no_raw_gradient(self) -> None:
+    def _warn_of_silent(self) -> None:
+        """Asked once, after the first release: by then a head that started at zero passes gradients on."""
+        self._reach_checked = True
+        silent = self.ledger.silent()
+        if silent:
+            self._warn_once(
+                "silent",
+                f"no gradient reached {len(silent)} trained parameter(s) in this batch, first {silent[0]!r}: its layer "
+                "was not called, or ran under torch.no_grad(). What never gets a gradient is only moved by noise: "
+                f"leave it frozen, convert_model(biases=('*', '!{silent[0]}'))",
+            )
+
+    def _check_parameters(self) -> None:
         named = list(self.model.named_parameters())
         held = {id(parameter) for _, parameter in named}
         gone = [entry.name for entry in self.ledger.entries if id(entry.parameter) not in held]
@@ -242,6 +272,13 @@ class Session:
             raise EngineError(
                 f"parameter {gone[0]!r} is another object than when the engine was attached (assigned anew, or "
                 "load_state_dict(assign=True)): the release would not reach it. Load in place, or attach again"
+            )
+        frozen = [entry.name for entry in self.ledger.entries if not entry.parameter.requires_grad]
+        if frozen:
+            self.abandon()
+            raise EngineError(
+                f"parameter {frozen[0]!r} was frozen after make_private, but its rows are still clipped and released: "
+                "call engine.detach(), freeze it, and make_private again"
             )
         raw = [name for name, parameter in named if parameter.grad is not None]
         if raw:

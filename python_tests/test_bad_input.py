@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine import flat, private, small_model
+from attach import flat, private, small_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 

@@ -8,41 +8,11 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from attach import flat, names_of, private, small_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dp_bitfit_kernels as dpk
-
-
-def small_model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.ReLU(inplace=True), nn.LayerNorm(8), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)
-    )
-
-
-def private(model, n=12, batch=4, sigma=0.0, bound=1.0, engine=None, lr=1.0, dims=(6,), head=(), **options):
-    dpk.convert_model(model, train_modules=head)
-    torch.manual_seed(1)
-    data = TensorDataset(torch.randn(n, *dims), torch.randint(0, 3, (n,)))
-    engine = engine or dpk.PrivacyEngine()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-    return engine, *engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=DataLoader(data, batch_size=batch),
-        noise_multiplier=sigma,
-        max_grad_norm=bound,
-        **options,
-    )
-
-
-def names_of(model):
-    return [n for n, p in model.named_parameters() if p.requires_grad]
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])

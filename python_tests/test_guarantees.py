@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from attach import private
 from probe import (
     COMPOSITE,
     DTYPES,
@@ -25,7 +26,6 @@ from probe import (
     loss_of,
     without,
 )
-from test_engine import private
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset

@@ -9,10 +9,9 @@ import warnings
 import oracle
 import pytest
 import torch
-from test_engine import names_of
+from attach import attach, names_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
 
 import dp_bitfit_kernels as dpk
 
@@ -50,20 +49,9 @@ def make(case: str, dtype=torch.float32) -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(layer, nn.Tanh()).to(dtype), torch.randn(4, *shape, dtype=dtype)
 
 
-def attach(model, x, bound=1e9, engine=None, **options):
-    engine = engine or dpk.PrivacyEngine()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    loader = DataLoader(TensorDataset(x), batch_size=len(x))
-    return engine, *engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=0.0,
-        max_grad_norm=bound,
-        loss_reduction="sum",
-        sample_rate=1.0,
-        **options,
-    )
+def summed(model, x):
+    """An engine whose one draw holds all of x, with a summed loss and a bound that clips nothing."""
+    return attach(model, x, bound=1e9, loss_reduction="sum", sample_rate=1.0)
 
 
 def ledger_rows(model):
@@ -102,7 +90,7 @@ def test_gradcheck_without_engine(case):
 def test_rows_equal_one_sample_autograd(case):
     model, x = make(case)
     dpk.convert_model(model)
-    attach(model, x)
+    summed(model, x)
     want = oracle.rows(model, names_of(model), x, lambda o: o.square().sum())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +107,7 @@ def test_gradient_strides(case, layout):
         if x.dim() != 4:
             pytest.skip("channels_last is a layout of four dimensions")
         x = x.to(memory_format=torch.channels_last)
-    attach(model, x)
+    summed(model, x)
 
     def loss(o):
         if layout == "expanded":
@@ -156,7 +144,7 @@ def test_reuse_and_ties(shape):
     torch.manual_seed(0)
     model, x = Reuse(), torch.randn(6, *shape)
     dpk.convert_model(model)
-    attach(model, x)
+    summed(model, x)
     want = oracle.rows(model, names_of(model), x, lambda o: o.square().sum())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -173,7 +161,7 @@ def test_activation_checkpointing(reentrant):
     )
     x = torch.randn(5, 3, 4)
     dpk.convert_model(model)
-    attach(model, x)
+    summed(model, x)
     want = oracle.rows(model, names_of(model), x, lambda o: o.square().sum())
 
     class Checkpointed(nn.Module):
@@ -196,7 +184,7 @@ def test_activation_checkpointing(reentrant):
 def test_autocast_with_backward_outside(case, dtype):
     model, x = make(case)
     dpk.convert_model(model)
-    attach(model, x)
+    summed(model, x)
     want = oracle.rows(model, names_of(model), x, lambda o: o.square().sum())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -222,7 +210,7 @@ def test_compile_fullgraph(compiler):
     )
     x = torch.randn(4, 2, 5, 5)
     dpk.convert_model(model)
-    engine, *_ = attach(model, x)
+    engine, *_ = summed(model, x)
     want = oracle.rows(model, names_of(model), x, lambda o: o.square().sum())
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
@@ -240,7 +228,7 @@ def test_head_trained_whole(tokens):
     x = x[:, 0] if tokens == 1 else x
     dpk.convert_model(model, train_modules=("2",))
     assert names_of(model) == ["0.bias", "2.weight", "2.bias"]
-    attach(model, x)
+    summed(model, x)
     want = oracle.rows(model, names_of(model), x, lambda o: o.square().sum())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -251,7 +239,7 @@ def test_head_trained_whole(tokens):
 def test_copies_are_plain_and_pickle():
     model, x = make("conv2d")
     dpk.convert_model(model)
-    attach(model, x)
+    summed(model, x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), model.eval()(x.clone()).detach()) if not torch.is_grad_enabled() else True
         twin(x).sum().backward()  # an ordinary gradient: no engine came along

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_engine import private, small_model
+from attach import private, small_model
 from torch import Tensor
 
 from dp_bitfit_kernels.clipping import GRID

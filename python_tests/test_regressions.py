@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from attach import attach
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,20 +15,11 @@ import dp_bitfit_kernels as dpk
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def private(model, *, x, y=None, batch=4, head=(), optimizer=torch.optim.SGD, sigma=0.0, **options):
-    """A private model whose draws hold all of x; returns (engine, model, optimizer, loader)."""
+def whole(model, x, y=None, batch=4, head=(), **options):
+    """A private model whose draws hold all of x, unless a sample rate is given."""
     dpk.convert_model(model, train_modules=head)
-    engine = dpk.PrivacyEngine()
     y = torch.arange(len(x)) % 3 if y is None else y
-    options = {"sample_rate": 1.0, **options}
-    return engine, *engine.make_private(
-        module=model,
-        optimizer=optimizer([p for p in model.parameters() if p.requires_grad], lr=1.0),
-        data_loader=DataLoader(TensorDataset(x, y), batch_size=batch),
-        noise_multiplier=sigma,
-        max_grad_norm=1.0,
-        **options,
-    )
+    return attach(model, x, y, batch=batch, **{"sample_rate": 1.0, **options})
 
 
 class SequenceFirst(nn.Module):
@@ -51,7 +43,7 @@ class Inside(nn.Module):
 def test_the_layout_is_proven_under_compile():
     # T = B: no shape tells the one from the other, and the tracer passes the hook of the forward by.
     torch.manual_seed(0)
-    engine, model, optimizer, loader = private(SequenceFirst(), x=torch.randn(4, 4, 6))
+    engine, model, optimizer, loader = whole(SequenceFirst(), torch.randn(4, 4, 6))
     x, y = next(iter(loader))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -64,7 +56,7 @@ def test_the_layout_is_proven_under_compile():
 def test_a_compiled_model_trains_over_draws_of_all_sizes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.LayerNorm(8), nn.Linear(8, 3))
-    engine, model, optimizer, loader = private(model, x=torch.randn(24, 6), batch=6, sample_rate=0.25)
+    engine, model, optimizer, loader = whole(model, torch.randn(24, 6), batch=6, sample_rate=0.25)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for x, y in loader:
@@ -76,7 +68,7 @@ def test_a_compiled_model_trains_over_draws_of_all_sizes():
 
 def test_calling_only_a_part_of_the_model_is_no_way_around_the_proof():
     torch.manual_seed(0)
-    _, model, optimizer, loader = private(Inside(SequenceFirst()), x=torch.randn(4, 4, 6))
+    _, model, optimizer, loader = whole(Inside(SequenceFirst()), torch.randn(4, 4, 6))
     x, y = next(iter(loader))
     F.cross_entropy(model.inner(x), y).backward()
     with pytest.raises(dpk.EngineError, match="modules inside"):
@@ -85,7 +77,7 @@ def test_calling_only_a_part_of_the_model_is_no_way_around_the_proof():
 
 def test_parts_of_a_declared_batch_may_be_called_with_a_warning():
     torch.manual_seed(0)
-    engine, model, optimizer, loader = private(Inside(nn.Linear(6, 3)), x=torch.randn(4, 6))
+    engine, model, optimizer, loader = whole(Inside(nn.Linear(6, 3)), torch.randn(4, 6))
     x, y = next(iter(loader))
     with engine.batch(4):
         F.cross_entropy(model.inner(x), y).backward()
@@ -138,7 +130,7 @@ class OwnLoss(nn.Module):
 )
 def test_rows_that_are_not_samples_are_refused(model, says):
     torch.manual_seed(0)
-    engine, model, _, loader = private(model, x=torch.randn(6, 6), batch=6)
+    engine, model, _, loader = whole(model, torch.randn(6, 6), batch=6)
     x, y = next(iter(loader))
     with pytest.raises(dpk.BatchLayoutError, match=says):
         model(x, y) if isinstance(model, OwnLoss) else model(x)
@@ -150,7 +142,7 @@ def test_a_loss_of_samples_is_none_of_those(kind):
     torch.manual_seed(0)
     model = nn.ModuleDict({"body": nn.Dropout(0.5), "loss": OwnLoss(kind)})
     model.forward = lambda x, y: model["loss"](model["body"](x), y)
-    _, model, optimizer, loader = private(model, x=torch.randn(6, 6), batch=6, loss_reduction=kind)
+    _, model, optimizer, loader = whole(model, torch.randn(6, 6), batch=6, loss_reduction=kind)
     x, y = next(iter(loader))
     model(x, y).backward()
     assert optimizer.step()
@@ -172,7 +164,7 @@ class Remembers(nn.Module):
 
 def test_a_buffer_written_from_the_batch_is_refused():
     torch.manual_seed(0)
-    _, model, _, loader = private(Remembers(data=True), x=torch.randn(4, 6))
+    _, model, _, loader = whole(Remembers(data=True), torch.randn(4, 6))
     with pytest.raises(dpk.BatchLayoutError, match="ema"):
         model(next(iter(loader))[0])
     assert not model.ema.any()
@@ -180,7 +172,7 @@ def test_a_buffer_written_from_the_batch_is_refused():
 
 def test_the_proof_leaves_a_replaced_buffer_alone():
     torch.manual_seed(0)
-    _, model, optimizer, loader = private(Remembers(data=False), x=torch.randn(4, 6))
+    _, model, optimizer, loader = whole(Remembers(data=False), torch.randn(4, 6))
     x, y = next(iter(loader))
     F.cross_entropy(model(x), y).backward()
     assert optimizer.step()
@@ -189,7 +181,7 @@ def test_the_proof_leaves_a_replaced_buffer_alone():
 
 def linear(**options):
     torch.manual_seed(0)
-    return private(nn.Sequential(nn.Linear(6, 3)), x=torch.randn(8, 6), **options)
+    return whole(nn.Sequential(nn.Linear(6, 3)), torch.randn(8, 6), **options)
 
 
 def step(model, optimizer, loader):
@@ -287,7 +279,7 @@ class Checkpointed(nn.Module):
 def test_a_checkpointed_block_never_adds_an_earlier_batch_to_the_open_one(reentrant):
     # Its forward runs again in the backward and would find the rows of the batch that is open by then.
     torch.manual_seed(0)
-    engine, model, optimizer, loader = private(Checkpointed(reentrant), x=torch.randn(8, 6), max_physical_batch_size=4)
+    engine, model, optimizer, loader = whole(Checkpointed(reentrant), torch.randn(8, 6), max_physical_batch_size=4)
     batches = iter(loader)
     x, y = next(batches)
     loss = F.cross_entropy(model(x), y)

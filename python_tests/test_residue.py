@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine import flat, private, small_model
+from attach import flat, private, small_model
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -48,7 +48,7 @@ def test_a_second_session_of_an_engine_never_repeats_noise():
 def test_the_loader_of_a_detached_session_is_refused():
     engine, model, optimizer, old = private(small_model(), sigma=1.0, sample_rate=0.5)
     engine.detach()
-    model, optimizer, loader = again(engine, model, optimizer, old, sample_rate=0.01)
+    model, optimizer, loader = again(engine, model, optimizer, old, sample_rate=0.01, expected_batch_size=4.0)
     with pytest.raises(dpk.EngineError, match="detached"):
         next(iter(old))
     next(iter(loader))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine import flat, private, small_model
+from attach import flat, private, small_model
 
 import dp_bitfit_kernels as dpk
 

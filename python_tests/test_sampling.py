@@ -51,9 +51,6 @@ def numpy_words(step: int, first: int, count: int) -> Tensor:
     return torch.from_numpy(words)
 
 
-# --- the draw itself ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def matrix() -> np.ndarray:
     """[DRAWS, N] bool: who is in which draw, from the cipher's own words."""
@@ -135,9 +132,6 @@ def test_long_draws_are_cut_into_chunks_of_words(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(whole, whole.sort().values)
 
 
-# --- the probability ------------------------------------------------------------------------------------------------
-
-
 @settings(deadline=None)
 @example(1e-7)
 @example(1000 / 67349)
@@ -175,9 +169,6 @@ def test_impossible_rates_are_refused(q: Any) -> None:
         threshold(q)
 
 
-# --- splitting a draw over physical batches --------------------------------------------------------------------------
-
-
 @given(st.sets(st.integers(0, 300), max_size=120), st.one_of(st.none(), st.integers(1, 50)), st.booleans())
 def test_splitting_neither_truncates_nor_repeats(chosen: set[int], limit: int | None, pad: bool) -> None:
     indices = sorted(chosen)
@@ -206,9 +197,6 @@ def test_an_empty_draw_is_one_fully_masked_batch() -> None:
         assert ticket.final
         assert ticket.mask is not None
         assert ticket.mask.tolist() == [False] * size
-
-
-# --- the loader -----------------------------------------------------------------------------------------------------
 
 
 class Numbers(Dataset[Tensor]):

@@ -27,7 +27,8 @@ TESTS = HERE.parent
 PACKAGE = TESTS.parent / "dp_bitfit_kernels"
 sys.path[:0] = [str(HERE), str(TESTS), str(TESTS.parent)]
 
-from sabotages import SABOTAGES, Sabotage  # noqa: E402
+from sabotage import Sabotage  # noqa: E402
+from sabotages import SABOTAGES  # noqa: E402
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
