@@ -30,9 +30,9 @@ def samples_by_position(grad: Tensor, width: int, channels_first: bool) -> Tenso
         width: p, the number of elements of the bias.
         channels_first: dimension 1 is the bias dimension, as in convolutions.
     """
-    batch = grad.shape[0]
     if not channels_first:
-        return grad.reshape(batch, -1, width)
+        return grad if grad.dim() == 3 and grad.shape[2] == width else grad.reshape(grad.shape[0], -1, width)
+    batch = grad.shape[0]
     if grad.dim() == 2:
         return grad.unsqueeze(1)
     if not grad.is_contiguous() and grad.stride(1) == 1:  # channels_last: features are last in memory

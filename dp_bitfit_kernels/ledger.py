@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -106,6 +107,10 @@ class _Slab:
     clean_version: int = 0
 
 
+def _note(reached: set[int], number: int, gradient: Tensor) -> None:
+    reached.add(number)
+
+
 class Ledger:
     """Rows of the open physical batch, and the running integer sum of the draw.
 
@@ -129,6 +134,7 @@ class Ledger:
         self._storage = torch.empty(0, dtype=torch.float32, device=self.device)
         self._slab: _Slab | None = None
         self._open = False
+        self._reached: set[int] | None = None  # numbers of the entries that a watched batch has reached
         self.opened = 0  # batches so far
         self.layers = [m for m in model.modules() if isinstance(m, BiasLayer)]
         for layer in self.layers:
@@ -203,12 +209,18 @@ class Ledger:
             slab.contributions.clear()
             slab.clean_version = slab.rows._version
 
-    def silent(self) -> list[str]:
-        """Names of trained parameters whose rows of the open batch are all exactly zero (reads the device)."""
-        slab = self._slab
-        if slab is None or not self._open or slab.contributions:  # a contribution's rows cannot be looked at
-            return []
-        return [entry.name for entry, part in zip(self.entries, slab.parts, strict=True) if not bool(part.any())]
+    def watch(self) -> None:
+        """Note from now on, without looking at a value, which parameters the backward of the open batch reaches."""
+        assert self._slab is not None
+        self._reached = set()
+        for number, leaf in enumerate(self._slab.leaves):
+            leaf.register_hook(partial(_note, self._reached, number))
+
+    def silent(self) -> list[str] | None:
+        """Names of trained parameters that no gradient has reached since ``watch``; None where nothing was watched."""
+        if self._reached is None or self._slab is None or self._slab.contributions:  # these go by no leaf
+            return None
+        return [entry.name for number, entry in enumerate(self.entries) if number not in self._reached]
 
     def contribute(self, contribution: Contribution) -> None:
         """Add a contribution to the open batch, beside the dense rows."""
@@ -218,7 +230,7 @@ class Ledger:
 
     def close(self) -> None:
         """Take the leaves away: a training forward outside a batch is then refused by the layers."""
-        self._open = False
+        self._open, self._reached = False, None
         if self._slab is not None:
             for leaf in self._slab.leaves:
                 leaf.grad = None

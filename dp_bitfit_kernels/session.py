@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import layout
 from ._validate import BatchLayoutError, EngineError, OptimizerError
@@ -112,8 +112,7 @@ class Session:
             self.ledger.total.zero_()  # an interrupt between a clip and its release leaves nothing behind
         self.ticket = ticket
         self._declared = self._was_declared = False
-        self._forwards, self._traced = 0, None
-        self.ledger.open(ticket.size, ticket.mask)
+        self._open(ticket.size, ticket.mask)
 
     def declare(self, batch: int) -> None:
         """Open a batch of a declared size that carries no ticket, or confirm the size of the one that does."""
@@ -145,8 +144,15 @@ class Session:
                 "without amplification by sampling",
             )
         self.ledger.total.zero_()
-        self.ledger.open(batch)
-        self._forwards, self._traced, self._was_declared = 0, None, False
+        self._open(batch)
+        self._was_declared = False
+
+    def _open(self, batch: int, mask: Tensor | None = None) -> None:
+        was_compiled, self._forwards, self._traced = self._traced is not None, 0, None
+        self.ledger.open(batch, mask)
+        # Once, after the first release: by then a head that started at zero passes gradients on.
+        if self.releases and not self._reach_checked and not was_compiled:  # a hook would make compiled code anew
+            self.ledger.watch()
 
     def before_forward(self, args: Any, kwargs: Any) -> None:
         """Called before each forward of the model: opens a batch where none is open, checks its size."""
@@ -235,8 +241,10 @@ class Session:
             )
         if not self._proven and self._proven_for != batch and "unproven" not in self._warned:
             self._prove_unseen(batch)
-        if self.releases and not self._reach_checked:
-            self._warn_of_silent()
+        silent = self.ledger.silent()
+        if silent is not None:
+            self._reach_checked = True
+            self._warn_of_silent(silent)
         try:
             self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
         except BaseException:  # also an interrupt: what may be half added is never added again
@@ -251,10 +259,7 @@ class Session:
         self.draw, self._next_part = ticket.draw, ticket.part + 1
         return ticket.final
 
-    def _warn_of_silent(self) -> None:
-        """Asked once, after the first release: by then a head that started at zero passes gradients on."""
-        self._reach_checked = True
-        silent = self.ledger.silent()
+    def _warn_of_silent(self, silent: list[str]) -> None:
         if silent:
             self._warn_once(
                 "silent",

@@ -241,6 +241,92 @@ def test_unstepped_backward_refused():
         next(iter(loader))
 
 
+def test_secure_mode_lets_no_batch_be_left_out():
+    secure = dpk.PrivacyEngine(secure_mode=True)
+    engine, model, optimizer, loader = private(small_model(), engine=secure, sample_rate=1.0, max_physical_batch_size=4)
+
+    def step(x, y):
+        F.cross_entropy(model(x), y).backward()
+        return optimizer.step()
+
+    assert step(*next(iter(loader))) is False
+    with pytest.raises(dpk.EngineError, match="without a step"):
+        next(iter(loader))
+    assert [step(x, y) for x, y in loader] == [False, False, True]
+    parts = iter(loader)
+    next(parts)
+    with pytest.raises(dpk.EngineError, match="without a step"):
+        next(parts)
+    assert engine.accountant.history.total_steps == 1
+
+
+def test_a_given_sample_rate_needs_its_divisor():
+    model = small_model()
+    dpk.convert_model(model)
+    with pytest.raises(dpk.EngineError, match="expected_batch_size"):
+        dpk.PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0),
+            data_loader=DataLoader(TensorDataset(torch.randn(12, 6)), batch_size=4),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            sample_rate=0.25,
+        )
+
+
+def test_a_parameter_frozen_after_the_start_is_refused():
+    engine, model, optimizer, loader = private(small_model())
+    x, y = next(iter(loader))
+    model[0].bias.requires_grad_(False)
+    before = flat(model)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(dpk.EngineError, match=r"'0\.bias' was frozen"):
+        optimizer.step()
+    assert engine.accountant.history.total_steps == 0
+    assert torch.equal(flat(model), before)
+
+
+def test_the_optimizer_of_a_detached_engine_is_refused():
+    engine, model, optimizer, loader = private(small_model())
+    x, y = next(iter(loader))
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    engine.detach()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(dpk.EngineError, match="detached"):
+        optimizer.step()
+
+
+class Backbone(nn.Module):
+    """A body whose layers ahead of ``cut`` run without a graph, and a head that starts at zero."""
+
+    def __init__(self, cut: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.cut = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), nn.Linear(6, 3), cut
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        for number, layer in enumerate(self.body):
+            with torch.set_grad_enabled(number >= self.cut and torch.is_grad_enabled()):
+                x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("cut", "silent"), [(0, None), (1, "body.0.bias"), (2, "body.0.bias")])
+def test_biases_that_no_gradient_reaches_are_named_once(cut, silent):
+    _, model, optimizer, loader = private(Backbone(cut), head=("head",), batch=6)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for x, y in loader:
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    told = [str(w.message) for w in seen if "no gradient reached" in str(w.message)]
+    assert len(told) == (silent is not None)
+    assert silent is None or (f"{cut} trained" in told[0] and repr(silent) in told[0])
+
+
 def test_breaking_out_of_a_draw_leaves_no_residue():
     model = small_model()
     _, model, optimizer, loader = private(model, sample_rate=1.0, max_physical_batch_size=4)

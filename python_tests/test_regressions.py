@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,7 +250,8 @@ def test_releases_lost_in_a_crash_are_told_of(tmp_path):
     history = str(tmp_path / "history")
     engine = dpk.PrivacyEngine(history=history)
     model = dpk.convert_model(nn.Sequential(nn.Linear(6, 3)))
-    options = {"module": model, "noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": 0.5}
+    options = {"module": model, "noise_multiplier": 1.0, "max_grad_norm": 1.0}
+    options |= {"sample_rate": 0.5, "expected_batch_size": 4.0}
     options["data_loader"] = DataLoader(TensorDataset(torch.randn(8, 6), torch.arange(8) % 3), batch_size=4)
     options["optimizer"] = torch.optim.SGD(model[0].parameters(), lr=1.0)
     with pytest.warns(UserWarning, match="frozen"):
@@ -306,3 +310,26 @@ def test_a_parameter_that_was_replaced_is_noticed(how):
     with pytest.raises(dpk.EngineError, match=r"'0\.bias' is another object"):
         step(model, optimizer, loader)
     assert engine.accountant.history.total_steps == 0
+
+
+class LayerDrop(nn.Module):
+    """Draws from all three generators, as stochastic depth does in one model or another."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.drawn = nn.Linear(6, 3), []
+
+    def forward(self, x):
+        self.drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))  # noqa: NPY002
+        return self.inner(x)
+
+
+def test_the_proof_leaves_the_generators_as_they_were():
+    _, model, _, loader = whole(LayerDrop(), torch.randn(4, 6))
+    x, _ = next(iter(loader))
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  the one that models use
+    torch.manual_seed(0)
+    model(x)
+    assert len(model.drawn) > 1  # the proof ran the model, too
+    assert set(model.drawn) == {model.drawn[-1]}

@@ -49,8 +49,10 @@ class BiasLayer(nn.Module):
 
     def plain_bias(self) -> Tensor | None:
         """The bias as the operation sees it: cut from autograd where the tap delivers its gradient."""
+        if "bias" in self.trained:
+            return self._parameters["bias"].detach()  # type: ignore[union-attr]  # getattr takes four times as long
         bias: Tensor | None = getattr(self, "bias", None)
-        return bias.detach() if bias is not None and "bias" in self.trained else bias
+        return bias
 
     def recording(self) -> bool:
         """True while gradients of this forward are to be taken; refuses a private forward outside a batch."""
@@ -90,8 +92,8 @@ class BiasLayer(nn.Module):
         if "bias" not in self.trained or not self.recording():
             return output
         self.check_rows(output)
-        rows, first = self.bias_rows, self.channels_first
-        tapped: Tensor = BiasGradFunction.apply(output, self.bias, rows, first, self.backend)  # type: ignore[no-untyped-call]
+        bias, rows, first = self._parameters["bias"], self.bias_rows, self.channels_first
+        tapped: Tensor = BiasGradFunction.apply(output, bias, rows, first, self.backend)  # type: ignore[no-untyped-call]
         return tapped
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -8,8 +8,8 @@ NO_FRESH_DRAW = (
     ("session.py", "            self.ledger.total.zero_()  # an interrupt", "            pass  # an interrupt"),
     (
         "session.py",
-        "        self.ledger.total.zero_()\n        self.ledger.open(batch)",
-        "        self.ledger.open(batch)",
+        "        self.ledger.total.zero_()\n        self._open(batch)",
+        "        self._open(batch)",
     ),
 )
 

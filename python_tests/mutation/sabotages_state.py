@@ -128,9 +128,9 @@ STATE = (
     ),
     Sabotage(
         "a given expected batch size is replaced by the loader's",
-        "engine.py",
-        "        if expected_batch_size is None:\n",
-        "        if True:\n",
+        "_plan.py",
+        "    if expected_batch_size is None:\n        if sample_rate is not None:\n",
+        "    if True:\n        if False:\n",
         (f"{GUARANTEES}::test_one_record_more_changes_neither_rate_nor_denominator",),
     ),
     Sabotage(
@@ -146,5 +146,19 @@ STATE = (
         "        indices = inclusion(self._words, self._n, self.sample_rate, number).tolist()",
         "        indices = inclusion(self._words, self._n, min(1.0, 2 * self.sample_rate), number).tolist()",
         (f"{AUDIT}::test_a_whole_run_is_distinguished_as_well_as_accounted",),
+    ),
+    Sabotage(
+        "secure mode lets batches be left out",
+        "session.py",
+        "            if self.secure_mode:\n",
+        "            if False:\n",
+        (f"{BAD}::test_secure_mode_lets_no_batch_be_left_out",),
+    ),
+    Sabotage(
+        "a parameter that was frozen is released all the same",
+        "session.py",
+        "        if frozen:\n",
+        "        if False:\n",
+        (f"{BAD}::test_a_parameter_frozen_after_the_start_is_refused",),
     ),
 )
