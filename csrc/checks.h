@@ -9,8 +9,6 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cpu/isa.h"
-
 namespace dpk {
 
 using torch::headeronly::ScalarType;
@@ -28,10 +26,10 @@ void check(bool condition, const char* op, const Parts&... parts) {
 
 inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
 
-// A new dense tensor on the CPU: by the C interface, since stable::new_empty goes through the dispatcher and takes
-// longer than a small op.
+// A new dense tensor on the device of `like`: by the C interface, since stable::new_empty goes through the dispatcher
+// and takes longer than a small op.
 template <size_t dim>
-Tensor empty_cpu(const int64_t (&sizes)[dim], ScalarType type) {
+Tensor empty_beside(const Tensor& like, const int64_t (&sizes)[dim], ScalarType type) {
   int64_t strides[dim];
   int64_t stride = 1;
   for (size_t i = dim; i-- > 0;) {
@@ -41,57 +39,102 @@ Tensor empty_cpu(const int64_t (&sizes)[dim], ScalarType type) {
   const int32_t dtype = type == ScalarType::Float    ? aoti_torch_dtype_float32()
                         : type == ScalarType::Double ? aoti_torch_dtype_float64()
                                                      : aoti_torch_dtype_int64();
+  const bool cpu = like.is_cpu();
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, dtype, cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
+      cpu ? 0 : like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t dim) {
-  check(tensor.is_cpu(), op, name, " must be on the CPU");
+inline void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t dim) {
   check(tensor.scalar_type() == type, op, name, " must be ", dtype_name(type), ", not ",
         dtype_name(tensor.scalar_type()));
   check(tensor.dim() == dim, op, name, " must have ", dim, " dimensions, not ", tensor.dim());
 }
 
-inline void check_contiguous(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t dim) {
-  check_cpu(op, name, tensor, type, dim);
+// The dispatcher chose the op by one argument's device: the others must be there, too.
+inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+  check(tensor.is_cpu() == like.is_cpu() && tensor.is_cuda() == like.is_cuda() &&
+            (like.is_cpu() || tensor.get_device_index() == like.get_device_index()),
+        op, name, " is on another device than the other arguments: move it there");
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                             ScalarType type, int64_t dim) {
+  check_device(op, name, tensor, like);
+  check_tensor(op, name, tensor, type, dim);
   check(tensor.is_contiguous(), op, name, " must be contiguous");
 }
 
 // rows [B, P] float32: neighbouring columns, rows that do not overlap.
 inline void check_rows(const char* op, const Tensor& rows) {
-  check_cpu(op, "rows", rows, ScalarType::Float, 2);
+  check_tensor(op, "rows", rows, ScalarType::Float, 2);
   check(rows.size(1) <= 1 || rows.stride(1) == 1, op, "rows must have column stride 1, not ", rows.stride(1));
   check(rows.size(0) <= 1 || rows.stride(0) >= rows.size(1), op, "rows must not overlap: row stride ",
         rows.stride(0), " for ", rows.size(1), " columns");
 }
 
-// offsets [L + 1]: 0 = offsets[0] <= offsets[1] <= ... <= offsets[L] = columns.
-inline void check_offsets(const char* op, const Tensor& offsets, int64_t columns) {
-  check_contiguous(op, "offsets", offsets, ScalarType::Long, 1);
-  check(offsets.numel() >= 2, op, "offsets must have at least two elements");
-  const int64_t* at = offsets.const_data_ptr<int64_t>();
-  const int64_t groups = offsets.numel() - 1;
-  bool rising = at[0] == 0 && at[groups] == columns;
-  for (int64_t l = 0; l < groups; ++l) rising = rising && at[l] <= at[l + 1];
-  check(rising, op, "offsets must rise from 0 to the number of columns, ", columns);
+// grad [B, T, p] of a type that the kernels load.
+inline void check_grad(const char* op, const Tensor& grad) {
+  check(grad.dim() == 3, op, "grad must be [B, T, p], not of ", grad.dim(), " dimensions");
+  const ScalarType type = grad.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+        "grad must be float32, bfloat16 or float16, not ", dtype_name(type));
 }
 
-// key [8] int32, step [1] int64 and the stream number, as the ChaCha20 state holds them.
-inline ChaChaInput chacha_input(const char* op, const Tensor& key, const Tensor& step, int64_t stream) {
-  check_contiguous(op, "key", key, ScalarType::Int, 1);
-  check_contiguous(op, "step", step, ScalarType::Long, 1);
+// rows [B, p] beside grad [B, T, p].
+inline void check_rows_of(const char* op, const Tensor& rows, const Tensor& grad) {
+  check_device(op, "rows", rows, grad);
+  check_rows(op, rows);
+  check(rows.size(0) == grad.size(0) && rows.size(1) == grad.size(2), op, "rows [", rows.size(0), ", ", rows.size(1),
+        "] do not fit grad [", grad.size(0), ", ", grad.size(1), ", ", grad.size(2), "]");
+}
+
+// The arguments of clip_factors; returns the number of groups.
+inline int64_t check_clip(const Tensor& rows, const Tensor& offsets, const Tensor& mask, const Tensor& bounds,
+                          const Tensor& grid, const std::optional<Tensor>& extra_squares) {
+  constexpr const char* op = "clip_factors";
+  check_rows(op, rows);
+  const int64_t batch = rows.size(0);
+  check_contiguous(op, "offsets", offsets, rows, ScalarType::Long, 1);
+  check(offsets.numel() >= 2, op, "offsets must have at least two elements");
+  const int64_t groups = offsets.numel() - 1;
+  check_contiguous(op, "mask", mask, rows, ScalarType::Bool, 1);
+  check_contiguous(op, "bounds", bounds, rows, ScalarType::Double, 1);
+  check_contiguous(op, "grid", grid, rows, ScalarType::Double, 1);
+  check(mask.numel() == batch, op, "mask must have one element a row, ", batch, ", not ", mask.numel());
+  check(bounds.numel() == groups && grid.numel() == groups, op, "bounds and grid must have one element a group, ",
+        groups, ", not ", bounds.numel(), " and ", grid.numel());
+  if (extra_squares) {
+    check_contiguous(op, "extra_squares", *extra_squares, rows, ScalarType::Double, 2);
+    check(extra_squares->size(0) == batch && extra_squares->size(1) == groups, op, "extra_squares must be [", batch,
+          ", ", groups, "]");
+  }
+  return groups;
+}
+
+// The arguments of clipped_sum_; returns the number of groups.
+inline int64_t check_sum(const Tensor& total, const Tensor& rows, const Tensor& offsets, const Tensor& factors) {
+  constexpr const char* op = "clipped_sum_";
+  check_rows(op, rows);
+  check_contiguous(op, "offsets", offsets, rows, ScalarType::Long, 1);
+  check(offsets.numel() >= 2, op, "offsets must have at least two elements");
+  const int64_t batch = rows.size(0), columns = rows.size(1), groups = offsets.numel() - 1;
+  check_contiguous(op, "total", total, rows, ScalarType::Long, 1);
+  check_contiguous(op, "factors", factors, rows, ScalarType::Double, 2);
+  check(total.numel() == columns, op, "total must have one element a column, ", columns, ", not ", total.numel());
+  check(factors.size(0) == batch && factors.size(1) == groups, op, "factors must be [", batch, ", ", groups, "]");
+  return groups;
+}
+
+// key [8] int32, step [1] int64 and the stream number.
+inline void check_stream(const char* op, const Tensor& key, const Tensor& step, int64_t stream) {
+  check_contiguous(op, "key", key, key, ScalarType::Int, 1);
+  check_contiguous(op, "step", step, key, ScalarType::Long, 1);
   check(key.numel() == 8, op, "key must have 8 elements, not ", key.numel());
   check(step.numel() == 1, op, "step must have 1 element, not ", step.numel());
   check(stream >= 0 && stream < (int64_t{1} << 32), op, "stream must be a 32-bit number, not ", stream);
-  ChaChaInput input{};
-  for (int i = 0; i < 8; ++i) input.key[i] = static_cast<uint32_t>(key.const_data_ptr<int32_t>()[i]);
-  const auto number = static_cast<uint64_t>(step.const_data_ptr<int64_t>()[0]);
-  input.nonce[0] = static_cast<uint32_t>(number);
-  input.nonce[1] = static_cast<uint32_t>(number >> 32);
-  input.nonce[2] = static_cast<uint32_t>(stream);
-  return input;
 }
 
 // Words first ... first + count - 1 must lie below the end of the 32-bit block counter.
@@ -99,6 +142,17 @@ inline void check_range(const char* op, int64_t first, int64_t count) {
   constexpr int64_t end = int64_t{8} << 32;
   check(first >= 0 && count >= 0 && first <= end && count <= end - first, op, "first = ", first,
         " and count = ", count, " leave the 2^35 words of one key stream");
+}
+
+// The arguments of noisy_sum.
+inline void check_noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
+                            double noise_std) {
+  constexpr const char* op = "noisy_sum";
+  check_stream(op, key, step, stream);
+  check_contiguous(op, "total", total, key, ScalarType::Long, 1);
+  check_range(op, first, total.numel());
+  // Above this a float64 no longer holds noise_std * z + 0.5 to a small part of one grid cell.
+  check(noise_std >= 0.0 && noise_std <= 0x1p40, op, "noise_std must lie in [0, 2^40], not ", noise_std);
 }
 
 }  // namespace dpk

@@ -7,30 +7,35 @@ import importlib.machinery
 import warnings
 from pathlib import Path
 
+import torch
+
 from . import _ops  # noqa: F401  (the schemas must exist before a module registers kernels for them)
 
-_MODULES = {"cpu": "_C"}  # device type -> compiled module
+_MODULES = {"cpu": "_C", "cuda": "_C_cuda"}  # device type -> compiled module
 _missing: dict[str, str] = {}  # device type -> why its module is not there
 _loaded = False
 
 
 def load() -> None:
-    """Import the compiled modules once. A module that was not built is noted, with one warning for all of them;
-    one that was built and does not load is an error of the installation and is raised as it comes."""
+    """Import the compiled modules once. That the CPU's was not built is said in one warning; GPUs have Triton instead.
+    A module that was built and does not load is an error of the installation and is raised as it comes."""
     global _loaded
     if _loaded:
         return
     _loaded = True
     for device_type, name in _MODULES.items():
-        if _built(name):
+        if device_type == "cuda" and torch.version.cuda is None:
+            _missing[device_type] = f"this torch ({torch.__version__}) is built without CUDA"
+        elif _built(name):
             importlib.import_module(f"{__package__}.{name}")
         else:
+            tool = "C++17 compiler" if device_type == "cpu" else "CUDA compiler (nvcc)"
             _missing[device_type] = (
-                f"the compiled module {name} was not built (no C++ compiler at installation?); "
-                "reinstall dp-bitfit-kernels where a C++17 compiler is on the path"
+                f"the compiled module {name} was not built (no {tool} at installation?); "
+                f"reinstall dp-bitfit-kernels where a {tool} is on the path"
             )
-    if _missing:
-        warnings.warn("; ".join(_missing.values()) + ". Other backends serve instead.", stacklevel=2)
+    if "cpu" in _missing:
+        warnings.warn(_missing["cpu"] + ". Other backends serve instead.", stacklevel=2)
 
 
 def native_available(device_type: str) -> str | None:

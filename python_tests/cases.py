@@ -77,3 +77,12 @@ GROUP_CASES = (
     GroupCase(9, (0, 3, 3, 2048, 2050, 4096, 4100), "groups that are empty, tiny, at and across tile borders"),
     GroupCase(2, (0, 0, 7, 7), "empty groups at both ends"),
 )
+
+
+def make_rows(case: GroupCase, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Ledger rows [B, P] as a slice of a wider ledger of NaN, and the offsets [L + 1]."""
+    width = case.offsets[-1]
+    ledger = torch.full((case.batch, width + 3), float("nan"))
+    rows = ledger[:, :width]
+    rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(4)) * scale)
+    return rows, torch.tensor(case.offsets)

@@ -1,4 +1,4 @@
-"""What the compiled module is linked to and made of: one file for every CPython >= 3.10, torch >= 2.11 and x86-64."""
+"""What the compiled modules are linked to and made of: one file for every CPython >= 3.10, torch >= 2.11 and x86-64."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dp_bitfit_kernels
 from dp_bitfit_kernels import _extension
 
 PACKAGE = Path(dp_bitfit_kernels.__file__).parent
 ROOT = PACKAGE.parent
-MODULE = PACKAGE / "_C.abi3.so"
-
-built = pytest.mark.skipif(not MODULE.exists(), reason="the compiled module was not built")
+MODULES = {name: PACKAGE / f"{name}.abi3.so" for name in ("_C", "_C_cuda")}
 
 
-def output_of(tool: str, *arguments: str) -> str:
+@pytest.fixture(params=MODULES)
+def module(request: pytest.FixtureRequest) -> Path:
+    if not MODULES[request.param].exists():
+        pytest.skip(f"{request.param} was not built")
+    return MODULES[request.param]
+
+
+def output_of(module: Path, tool: str, *arguments: str) -> str:
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed")
-    return subprocess.run([tool, *arguments, str(MODULE)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([tool, *arguments, str(module)], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -32,10 +38,19 @@ def test_a_compiler_gives_a_compiled_module() -> None:
     assert _extension.native_available("cpu") is None
 
 
-@built
-def test_only_the_stable_interfaces_are_used() -> None:
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
+def test_nvcc_gives_a_cuda_module_that_a_cpu_only_torch_leaves_alone() -> None:
+    assert MODULES["_C_cuda"].exists()
+    if torch.version.cuda is None:
+        assert "without CUDA" in str(_extension.native_available("cuda"))
+        assert "dp_bitfit_kernels._C_cuda" not in sys.modules
+
+
+def test_only_the_stable_interfaces_are_used(module: Path) -> None:
     """Of torch the C functions of its stable ABI (aoti_torch_*, torch_*), and none of its C++."""
-    undefined = [line.split()[-1].split("@")[0] for line in output_of("nm", "-D", "--undefined-only").splitlines()]
+    undefined = [
+        line.split()[-1].split("@")[0] for line in output_of(module, "nm", "-D", "--undefined-only").splitlines()
+    ]
     torch_cpp = [name for name in undefined if re.match(r"_Z\w*(2at|3c10|5torch|5caffe2)", name)]
     assert not torch_cpp
     foreign = [name for name in undefined if "torch" in name and not name.startswith(("aoti_torch_", "torch_"))]
@@ -47,25 +62,28 @@ def test_only_the_stable_interfaces_are_used() -> None:
     }
 
 
-@built
-def test_links_to_nothing_of_this_machine() -> None:
-    dynamic = output_of("readelf", "-d")
+def test_links_to_nothing_of_this_machine(module: Path) -> None:
+    dynamic = output_of(module, "readelf", "-d")
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
     assert "libtorch_cpu.so" in needed
+    assert ("libtorch_cuda.so" in needed) == (module == MODULES["_C_cuda"])
+    assert not [name for name in needed if "cudart" in name]  # linked in: a wheel needs the driver only
     assert not [name for name in needed if "python" in name or name in ("libc10.so", "libtorch.so")]
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
-    assert str(ROOT).encode() not in MODULE.read_bytes()
+    assert str(ROOT).encode() not in module.read_bytes()
 
 
-@built
 @pytest.mark.slow
 def test_wide_registers_are_used_by_the_wide_kernels_only() -> None:
     """The module loads and runs on any x86-64: no function outside namespace avx2 names an AVX register."""
-    if "x86-64" not in output_of("readelf", "-h").lower():
+    module = MODULES["_C"]
+    if not module.exists():
+        pytest.skip("_C was not built")
+    if "x86-64" not in output_of(module, "readelf", "-h").lower():
         pytest.skip("not an x86-64 build")
     function, users = "", set()
-    for line in output_of("objdump", "-d", "--no-show-raw-insn").splitlines():
+    for line in output_of(module, "objdump", "-d", "--no-show-raw-insn").splitlines():
         if line.endswith(">:"):
             function = line.split("<")[1][:-2]
         elif "%ymm" in line or "%zmm" in line or re.search(r"\tv[a-z0-9]+ .*%xmm", line):

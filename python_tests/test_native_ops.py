@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FLOAT_DTYPES, GRAD_CASES, GROUP_CASES, LAYOUTS, GradCase, GroupCase, make_grad
+from cases import FLOAT_DTYPES, GRAD_CASES, GROUP_CASES, LAYOUTS, GradCase, GroupCase, make_grad, make_rows
 from tolerances import FACTOR_RTOL, assert_sum_close
-from torch import Tensor
 
 from dp_bitfit_kernels import _extension, reference
 
@@ -129,15 +128,6 @@ def test_bias_grad_beyond_32_bit_offsets(far: int) -> None:
     grad = buffer.as_strided((3, 3, 3), strides)
     grad.copy_(torch.randn((3, 3, 3), generator=torch.Generator().manual_seed(3)))
     assert_sum_close(ops.bias_grad(grad), grad)
-
-
-def make_rows(case: GroupCase, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Ledger rows [B, P] as a slice of a wider ledger of NaN, and the offsets [L + 1]."""
-    width = case.offsets[-1]
-    ledger = torch.full((case.batch, width + 3), float("nan"))
-    rows = ledger[:, :width]
-    rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(4)) * scale)
-    return rows, torch.tensor(case.offsets)
 
 
 @pytest.mark.parametrize("gamma", [None, 0.01], ids=["flat", "automatic"])

@@ -1,6 +1,7 @@
 // Per-sample bias gradient: rows [B, p] = sum over T of grad [B, T, p], one visit to grad.
 #include "checks.h"
-#include "cpu/ops.h"
+#include "cpu/isa.h"
+#include "ops.h"
 #include "plan.h"
 
 namespace dpk {
@@ -9,14 +10,7 @@ namespace {
 
 Type element_type(const Tensor& grad) {
   const ScalarType type = grad.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "bias_grad",
-        "grad must be float32, bfloat16 or float16, not ", dtype_name(type));
   return type == ScalarType::Float ? Type::float32 : type == ScalarType::BFloat16 ? Type::bfloat16 : Type::float16;
-}
-
-void check_grad(const Tensor& grad) {
-  check(grad.is_cpu(), "bias_grad", "grad must be on the CPU");
-  check(grad.dim() == 3, "bias_grad", "grad must be [B, T, p], not of ", grad.dim(), " dimensions");
 }
 
 // rows [B, p] with any row stride and column stride 1; grad [B, T, p] with any strides.
@@ -58,17 +52,15 @@ void reduce(const Tensor& rows, const Tensor& grad, bool accumulate) {
 }  // namespace
 
 Tensor bias_grad(const Tensor& grad) {
-  check_grad(grad);
-  const Tensor rows = empty_cpu({grad.size(0), grad.size(2)}, ScalarType::Float);
+  check_grad("bias_grad", grad);
+  const Tensor rows = empty_beside(grad, {grad.size(0), grad.size(2)}, ScalarType::Float);
   reduce(rows, grad, false);
   return rows;
 }
 
 void bias_grad_(const Tensor& rows, const Tensor& grad) {
-  check_grad(grad);
-  check_rows("bias_grad_", rows);
-  check(rows.size(0) == grad.size(0) && rows.size(1) == grad.size(2), "bias_grad_", "rows [", rows.size(0), ", ",
-        rows.size(1), "] do not fit grad [", grad.size(0), ", ", grad.size(1), ", ", grad.size(2), "]");
+  check_grad("bias_grad_", grad);
+  check_rows_of("bias_grad_", rows, grad);
   reduce(rows, grad, true);
 }
 

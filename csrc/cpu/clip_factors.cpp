@@ -1,8 +1,8 @@
 // Norm and clip factor of every sample and group: factors, norms [B, L] float64.
 #include <cmath>
 
-#include "checks.h"
-#include "cpu/ops.h"
+#include "cpu/inputs.h"
+#include "ops.h"
 #include "plan.h"
 
 namespace dpk {
@@ -11,25 +11,12 @@ std::tuple<Tensor, Tensor> clip_factors(const Tensor& rows, const Tensor& offset
                                         const Tensor& bounds, const Tensor& grid,
                                         const std::optional<Tensor>& extra_squares, double scale,
                                         const std::optional<double>& gamma) {
-  constexpr const char* op = "clip_factors";
-  check_rows(op, rows);
+  const int64_t groups = check_clip(rows, offsets, mask, bounds, grid, extra_squares);
   const int64_t batch = rows.size(0), columns = rows.size(1);
-  check_offsets(op, offsets, columns);
-  const int64_t groups = offsets.numel() - 1;
-  check_contiguous(op, "mask", mask, ScalarType::Bool, 1);
-  check_contiguous(op, "bounds", bounds, ScalarType::Double, 1);
-  check_contiguous(op, "grid", grid, ScalarType::Double, 1);
-  check(mask.numel() == batch, op, "mask must have one element a row, ", batch, ", not ", mask.numel());
-  check(bounds.numel() == groups && grid.numel() == groups, op, "bounds and grid must have one element a group, ",
-        groups, ", not ", bounds.numel(), " and ", grid.numel());
-  if (extra_squares) {
-    check_contiguous(op, "extra_squares", *extra_squares, ScalarType::Double, 2);
-    check(extra_squares->size(0) == batch && extra_squares->size(1) == groups, op, "extra_squares must be [", batch,
-          ", ", groups, "]");
-  }
+  check_offsets("clip_factors", offsets, columns);
 
-  const Tensor factors = empty_cpu({batch, groups}, ScalarType::Double);
-  const Tensor norms = empty_cpu({batch, groups}, ScalarType::Double);
+  const Tensor factors = empty_beside(rows, {batch, groups}, ScalarType::Double);
+  const Tensor norms = empty_beside(rows, {batch, groups}, ScalarType::Double);
   if (batch == 0) return {factors, norms};
 
   const float* in = rows.const_data_ptr<float>();

@@ -1,21 +1,14 @@
 // total [P] int64 += sum over rows of floor(row * factor + 0.5). Integer sums: exact, whatever the order.
-#include "checks.h"
-#include "cpu/ops.h"
+#include "cpu/inputs.h"
+#include "ops.h"
 #include "plan.h"
 
 namespace dpk {
 
 void clipped_sum_(const Tensor& total, const Tensor& rows, const Tensor& offsets, const Tensor& factors) {
-  constexpr const char* op = "clipped_sum_";
-  check_rows(op, rows);
+  const int64_t groups = check_sum(total, rows, offsets, factors);
   const int64_t batch = rows.size(0), columns = rows.size(1);
-  check_offsets(op, offsets, columns);
-  const int64_t groups = offsets.numel() - 1;
-  check_contiguous(op, "total", total, ScalarType::Long, 1);
-  check_contiguous(op, "factors", factors, ScalarType::Double, 2);
-  check(total.numel() == columns, op, "total must have one element a column, ", columns, ", not ",
-        total.numel());
-  check(factors.size(0) == batch && factors.size(1) == groups, op, "factors must be [", batch, ", ", groups, "]");
+  check_offsets("clipped_sum_", offsets, columns);
 
   const float* in = rows.const_data_ptr<float>();
   const int64_t stride = rows.stride(0);

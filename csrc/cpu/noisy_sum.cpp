@@ -1,8 +1,8 @@
 // The release, (total + round(noise_std * z)) * scale with z from ChaCha20, and the key stream itself.
 #include <algorithm>
 
-#include "checks.h"
-#include "cpu/ops.h"
+#include "cpu/inputs.h"
+#include "ops.h"
 #include "plan.h"
 
 namespace dpk {
@@ -35,9 +35,10 @@ void for_key_stream(int64_t first, int64_t count, Make make, Use use) {
 }  // namespace
 
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64_t first, int64_t count) {
-  const ChaChaInput input = chacha_input("random_words", key, step, stream);
+  check_stream("random_words", key, step, stream);
   check_range("random_words", first, count);
-  Tensor result = empty_cpu({count}, ScalarType::Long);
+  const ChaChaInput input = chacha_input(key, step, stream);
+  Tensor result = empty_beside(key, {count}, ScalarType::Long);
   if (count == 0) return result;
   int64_t* out = result.mutable_data_ptr<int64_t>();
   const Kernels& loops = kernels();
@@ -52,13 +53,10 @@ Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64
 
 Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
                  double noise_std, double scale) {
-  const ChaChaInput input = chacha_input("noisy_sum", key, step, stream);
-  check_contiguous("noisy_sum", "total", total, ScalarType::Long, 1);
+  check_noisy_sum(total, key, step, stream, first, noise_std);
+  const ChaChaInput input = chacha_input(key, step, stream);
   const int64_t count = total.numel();
-  check_range("noisy_sum", first, count);
-  // Above this a float64 no longer holds noise_std * z + 0.5 to a small part of one grid cell.
-  check(noise_std >= 0.0 && noise_std <= 0x1p40, "noisy_sum", "noise_std must lie in [0, 2^40], not ", noise_std);
-  Tensor result = empty_cpu({count}, ScalarType::Float);
+  Tensor result = empty_beside(total, {count}, ScalarType::Float);
   if (count == 0) return result;
   const int64_t* in = total.const_data_ptr<int64_t>();
   float* out = result.mutable_data_ptr<float>();

@@ -12,6 +12,8 @@
 
 namespace py = pybind11;
 
+void define_cuda_kernels(py::module_& m);  // cuda_kernels.cpp
+
 uint64_t fold_bytes(const char* from, int64_t bytes);
 
 namespace {
@@ -37,6 +39,7 @@ T* pointer(uintptr_t address) {
 }  // namespace
 
 PYBIND11_MODULE(_dp_bitfit_native_internals, m) {
+  define_cuda_kernels(m);
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const char* name : {"baseline", "avx2"}) {

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/isa.h"
-#include "cpu/ops.h"
+#include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CPU, m) {
   m.impl("bias_grad", TORCH_BOX(&dpk::bias_grad));

@@ -1,4 +1,4 @@
-// The CPU ops, one file each; schemas and shapes in dp_bitfit_kernels/_ops.py.
+// The ops, one file each in cpu/ and cuda/; schemas and shapes in dp_bitfit_kernels/_ops.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

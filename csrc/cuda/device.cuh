@@ -1,0 +1,56 @@
+// What the kernels share: element types, packets of up to 16 bytes, sums across threads. Included by the .cu files and,
+// through csrc/tests/cuda_on_cpu.h, by the tests that run the kernels without a GPU: only what both offer is used.
+#pragma once
+
+#include <cstdint>
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#endif
+
+namespace dpk {
+namespace cuda {
+
+constexpr int kWarp = 32;
+
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// Elements as they lie in memory. Arithmetic is float32 from the load on.
+struct Float32 {
+  float bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+__device__ inline float to_float(Float32 value) { return value.bits; }
+__device__ inline float to_float(BFloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
+__device__ inline float to_float(Float16 value) { return __half2float(__ushort_as_half(value.bits)); }
+
+// kCount neighbouring elements, loaded and stored as one access; at most 16 bytes.
+template <class Element, int kCount>
+struct alignas(sizeof(Element) * kCount) Packet {
+  static_assert(sizeof(Element) * kCount <= 16 && (kCount & (kCount - 1)) == 0);
+  Element value[kCount];
+};
+
+template <class Element, int kCount>
+__device__ inline Packet<Element, kCount> load_packet(const Element* from) {
+  return *reinterpret_cast<const Packet<Element, kCount>*>(from);
+}
+
+// Sum over the `lanes` neighbouring lanes (a power of two up to 32) that a lane belongs to; each of them gets it.
+template <class Number>
+__device__ inline Number sum_of_lanes(Number value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+}  // namespace cuda
+}  // namespace dpk
