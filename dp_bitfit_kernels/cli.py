@@ -56,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path(".demo"), help="folder for the figure and the biases (.demo)")
     demo.set_defaults(run=_demo)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this installation has, and a self-test of each backend",
+        description="Prints versions, devices and backends, why a backend is not available, and tests each that is. "
+        "Exit status 1 where one computes wrongly.",
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -70,6 +77,16 @@ def _demo(options: argparse.Namespace) -> int:
     settings = Settings(epsilons=tuple(options.epsilons), seed=options.seed, epochs=options.epochs)
     print_table(run_demo(settings, options.out))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    findings = []
+    for finding in examine():
+        print(f"{finding.subject:20s} {finding.state}", flush=True)
+        findings.append(finding)
+    return 0 if all(finding.sound for finding in findings) else 1
 
 
 def _positive(text: str) -> float:
