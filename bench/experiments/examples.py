@@ -33,7 +33,7 @@ CIFAR_PRIVATE = "--epsilon 8 --clipping flat --max-grad-norm 4 --lr 1e-2 --head-
 
 RUNS: dict[str, dict[str, str]] = {
     "sst2": {
-        "bitfit_eps8": "--epsilon 8 --batch-size 2048 --epochs 4 --checkpoint-every 2",
+        "bitfit_eps8": "--epsilon 8 --batch-size 1024 --epochs 3 --lr 5e-3 --checkpoint-every 2",
         "bitfit_eps3": "--epsilon 3 --batch-size 2048 --epochs 4 --checkpoint-every 2",
         "bitfit_eps8_short": "--epsilon 8 --batch-size 1024 --checkpoint-every 2",
         "head_only_eps8": "--epsilon 8 --batch-size 1024 --method head-only --epochs 1",
