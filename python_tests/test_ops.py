@@ -65,7 +65,8 @@ def test_bias_grad_into_a_ledger_slice(lane: Lane, case: GradCase, layout: str) 
 def test_bias_grad_of_any_strides(
     lane: Lane, shape: tuple[int, ...], strides: tuple[int, ...], why: str, dtype: torch.dtype
 ) -> None:
-    memory = torch.randn(72_000, generator=torch.Generator().manual_seed(2)).to(dtype)
+    # Few bits each: sums of equal elements, as expanded tensors hold, are exact in any order.
+    memory = torch.randn(72_000, generator=torch.Generator().manual_seed(2)).bfloat16().to(dtype)
     grad = memory.as_strided(shape, strides)
     assert_sum_close(lane("bias_grad", grad), grad)
 
