@@ -1,4 +1,4 @@
-# Doors: demo | test | bench | wheel. Each sets itself up from an empty checkout and reuses what is there.
+# Doors: demo | test | bench | wheel | gpu-check. Each sets itself up from an empty checkout and reuses what is there.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -10,7 +10,7 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 # A lane without tests (pytest's exit status 5) is no failure.
 pytest_lane = $(PYTHON) -m pytest python_tests -m $(1) || [ $$? -eq 5 ]
 
-.PHONY: setup demo test lint bench wheel
+.PHONY: setup demo test lint bench wheel gpu-check
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -55,3 +55,7 @@ wheel: $(BUILT)
 	rm -rf build/lib* build/bdist*
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist
+
+# With the machine's own python3, torch and Triton: nothing is installed. OUT=folder redirects the result file.
+gpu-check:
+	python3 bench/gpu_check.py

@@ -1,0 +1,107 @@
+"""A private step on a CUDA device: equal to the one-sample oracle, and to the CPU where integers decide."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from attach import attach, flat, names_of, small_model
+from torch import nn
+
+import dp_bitfit_kernels as dpk
+from dp_bitfit_kernels import backends
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if (reason := backends.unavailable(request.param, "cuda")) is not None:
+        pytest.skip(reason)
+    return str(request.param)
+
+
+def data(n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn((n, 6), generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+def converted(backend: str) -> nn.Module:
+    return dpk.convert_model(small_model(), train_modules=("5",), backend=backend).cuda()
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
+def test_step_equals_oracle(backend: str, clipping: str) -> None:
+    x, y = data()
+    model = converted(backend)
+    _, model, optimizer, loader = attach(model, x, y, bound=0.05, clipping=clipping, sample_rate=1.0)
+    names, before = names_of(model), flat(model).cpu()
+    plain = dpk.convert_model(small_model(), train_modules=("5",))
+    one = [oracle.rows(plain, names, x[i : i + 1], lambda o, i=i: F.cross_entropy(o, y[i : i + 1])) for i in range(12)]
+    ((xs, ys),) = list(loader)
+    F.cross_entropy(model(xs.cuda()), ys.cuda()).backward()
+    assert optimizer.step()
+    rows = torch.cat(one)  # [12, P] float64
+    if clipping == "flat":
+        clipped = rows * (0.05 / rows.norm(dim=1).clamp(min=0.05))[:, None]
+        moved = before.double() - flat(model).cpu().double()
+        torch.testing.assert_close(moved, clipped.sum(0) / 12, rtol=2e-4, atol=1e-6)
+    assert torch.isfinite(flat(model)).all()
+    assert not torch.equal(flat(model).cpu(), before)
+
+
+def test_the_same_rows_give_the_cpus_release(backend: str) -> None:
+    """Integers bit for bit; what the noise adds differs by at most one step of the grid."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn((64, 5000), generator=generator)
+    rows[3] = float("nan")
+    offsets, one = torch.tensor([0, 5000]), torch.ones(1, dtype=torch.float64)
+    mask = torch.ones(64, dtype=torch.bool)
+    key, step = torch.arange(8, dtype=torch.int32), torch.tensor([7])
+    ops, reference = backends.select(backend, "cuda"), backends.select("reference", "cpu")
+    factors, _ = reference.clip_factors(rows, offsets, mask, one, one * 2.0**20, None, 1.0, None)
+    want = torch.zeros(5000, dtype=torch.int64)
+    reference.clipped_sum_(want, rows, offsets, factors)
+    total = torch.zeros(5000, dtype=torch.int64, device="cuda")
+    ops.clipped_sum_(total, rows.cuda(), offsets.cuda(), factors.cuda())
+    assert torch.equal(total.cpu(), want)
+    release = ops.noisy_sum(total, key.cuda(), step.cuda(), 0, 0, 2.0**20, 1.0).cpu().double()
+    wanted = reference.noisy_sum(want, key, step, 0, 0, 2.0**20, 1.0).double()
+    assert (release - wanted).abs().max() <= 1.0
+    assert (release != wanted).double().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_draws_of_all_sizes_are_released(backend: str, autocast: torch.dtype | None) -> None:
+    x, y = data(48)
+    engine, model, optimizer, loader = attach(
+        converted(backend), x, y, batch=8, sigma=1.0, bound=0.5, max_physical_batch_size=4
+    )
+    with torch.autocast("cuda", autocast, enabled=autocast is not None):
+        for _ in range(3):
+            for xs, ys in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(model(xs.cuda()).float(), ys.cuda()).backward()
+                optimizer.step()
+    assert engine.accountant.history.total_steps == 3 * len(loader) == engine._session.noise_steps
+    assert torch.isfinite(flat(model)).all()
+
+
+def test_a_step_after_the_first_waits_for_nothing(backend: str) -> None:
+    x, y = data()
+    _, model, optimizer, loader = attach(converted(backend), x, y, sigma=1.0, sample_rate=1.0)
+    xs, ys = x.cuda(), y.cuda()
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")
+        try:
+            for _ in loader:
+                torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")
+                F.cross_entropy(model(xs), ys).backward()
+                optimizer.step()
+                torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
