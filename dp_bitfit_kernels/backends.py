@@ -68,14 +68,14 @@ def select(name: str, device: torch.device | str) -> Backend:
     Raises:
         BackendError: unknown name, or a backend named outright that cannot serve the device.
     """
-    if name not in NAMES:
-        raise BackendError(f"backend={name!r} is unknown: choose one of {', '.join(NAMES)}")
-    device_type = torch.device(device).type
-    return _select(name, device_type)
+    return serving(name, torch.device(device).type)
 
 
 @cache
-def _select(name: str, device_type: str) -> Backend:
+def serving(name: str, device_type: str) -> Backend:
+    """As :func:`select`, by the type of the device: remembered, for what runs once a layer and step."""
+    if name not in NAMES:
+        raise BackendError(f"backend={name!r} is unknown: choose one of {', '.join(NAMES)}")
     if name == "auto":
         candidates = _PREFERENCE.get(device_type, ("reference",))
         return _backend(next(c for c in candidates if unavailable(c, device_type) is None))

@@ -30,9 +30,9 @@ def samples_by_position(grad: Tensor, width: int, channels_first: bool) -> Tenso
         width: p, the number of elements of the bias.
         channels_first: dimension 1 is the bias dimension, as in convolutions.
     """
-    if not channels_first:
-        return grad if grad.dim() == 3 and grad.shape[2] == width else grad.reshape(grad.shape[0], -1, width)
     batch = grad.shape[0]
+    if not channels_first:
+        return grad.reshape(batch, -1, width)
     if grad.dim() == 2:
         return grad.unsqueeze(1)
     if not grad.is_contiguous() and grad.stride(1) == 1:  # channels_last: features are last in memory
@@ -46,12 +46,13 @@ def bias_grad(grad: Tensor, width: int, channels_first: bool = False, backend: s
     float64 gradients stay float64 (gradcheck). Inside ``torch.compile`` and where a graph of the
     backward is wanted, the sum is the plain PyTorch one, which the compiler fuses with the operation before it.
     """
-    view = samples_by_position(grad, width, channels_first)
+    plain = not channels_first and grad.dim() == 3 and grad.shape[2] == width  # the usual case of text: no call
+    view = grad if plain else samples_by_position(grad, width, channels_first)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return view.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32))
     if grad.dtype not in _NATIVE_DTYPES:
         return reference.bias_grad(view)
-    return backends.select(backend, grad.device).bias_grad(view)
+    return backends.serving(backend, grad.device.type).bias_grad(view)
 
 
 def weight_grad(grad: Tensor, inputs: Tensor) -> Tensor:
