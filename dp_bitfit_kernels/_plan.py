@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ._validate import AccountingError, CheckpointError, EngineError, SamplingError
+from .layers import BiasLayer
 from .ledger import Entry
 from .sampling import loader_facts
 
@@ -38,7 +40,7 @@ def plan_sampling(loader: DataLoader[Any], sample_rate: float | None, poisson: b
     if sample_rate is None:
         facts = loader_facts(loader)
         return facts.sample_rate, facts.steps, facts.n
-    if not 0 < sample_rate <= 1:
+    if not 0 < _number(sample_rate) <= 1:
         raise SamplingError(f"sample_rate={sample_rate!r} must lie in (0, 1]")
     # ceil(1/q), forgiving the last bits of a q such as 1/49 that is not a float.
     return float(sample_rate), max(1, math.ceil((1.0 - 1e-12) / sample_rate)), None
@@ -53,9 +55,20 @@ def plan_divisor(loader: DataLoader[Any], sample_rate: float | None, expected_ba
                 "loader's batch size belongs to another rate"
             )
         expected_batch_size = float(loader_facts(loader).batch_size)
-    if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
+    if not 0 < _number(expected_batch_size) < math.inf:
         raise EngineError(f"expected_batch_size={expected_batch_size!r} must be finite and > 0")
     return float(expected_batch_size)
+
+
+def _number(value: Any) -> float:
+    """The value, or NaN, which lies in no range, where it is no number."""
+    return value if isinstance(value, int | float) else math.nan
+
+
+def whole_epochs(epochs: Any) -> int:
+    if not isinstance(epochs, int) or epochs < 1:
+        raise AccountingError(f"epochs={epochs!r} must be a whole number >= 1")
+    return epochs
 
 
 def check_delta(delta: float, size: int | None) -> None:
@@ -82,6 +95,31 @@ def check_fit(
     unknown = [k for k in objects if k not in data["objects"]]
     if unknown:
         raise CheckpointError(f"{path!r} holds no state named {unknown[0]!r}; nothing was changed")
+
+
+def warn_of_earlier_training(layers: Iterable[BiasLayer], optimizer: Optimizer, charged: int) -> None:
+    """What was learnt before this engine, and is in none of its charges."""
+    if not charged and any(layer.trained_before for layer in layers):
+        warnings.warn(
+            "these parameters were trained by another engine before: what that spent is not in this engine's epsilon. "
+            "Go on with the same engine, or with PrivacyEngine(history=...) of the same file",
+            stacklevel=3,
+        )
+    if not charged and optimizer.state:
+        warnings.warn(
+            "the optimizer holds state of earlier steps (momentum): if those saw private data, that is in no epsilon "
+            "of this engine; a new optimizer starts clean",
+            stacklevel=3,
+        )
+
+
+def warn_of_other_noise(asked: float, saved: float) -> None:
+    if not math.isclose(asked, saved, rel_tol=1e-9):
+        warnings.warn(
+            f"the checkpoint's noise multiplier, {saved:.6g}, replaces the {asked:.6g} of this make_private: a target "
+            "epsilon given to it does not hold",
+            stacklevel=3,
+        )
 
 
 def warn_of_lost(releases: int) -> None:

@@ -71,7 +71,10 @@ class Accountant:
         the answer is 0, with one that had no noise it is inf.
         """
         _check_delta(delta, "delta")
-        return _epsilon(self.kind, group(self.history.segments, extra_steps), float(delta))
+        try:
+            return _epsilon(self.kind, group(self.history.segments, extra_steps), float(delta))
+        except OverflowError:  # noise so small that its privacy loss leaves float64
+            return math.inf
 
 
 def calibrate_noise_multiplier(

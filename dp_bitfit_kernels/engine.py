@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -16,15 +17,26 @@ from torch.utils.data import DataLoader
 
 from . import backends, checkpoint
 from ._history import History
-from ._plan import check_delta, check_fit, groups, json_number, plan_divisor, plan_sampling, warn_of_lost
-from ._validate import AccountingError, CheckpointError, EngineError
+from ._plan import (
+    check_delta,
+    check_fit,
+    groups,
+    json_number,
+    plan_divisor,
+    plan_sampling,
+    warn_of_earlier_training,
+    warn_of_lost,
+    warn_of_other_noise,
+    whole_epochs,
+)
+from ._validate import CheckpointError, EngineError
 from .accounting import Accountant, calibrate_noise_multiplier
 from .clipping import ClippingMethod, resolve
 from .ledger import Ledger, find_entries
 from .noise import STREAM_SAMPLER, KeySource, delta_slack, epsilon_slack
 from .optimizer import PrivateOptimizer, check_parameters
 from .sampling import DrawCounter, PrivateDataLoader, Ticket
-from .session import Session
+from .session import Session, check_noise_multiplier
 
 _FORMAT = "dp-bitfit-checkpoint"
 
@@ -133,8 +145,7 @@ class PrivacyEngine:
             raise EngineError(f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum'")
         if not 1e-100 <= loss_scale <= 1e100:  # beyond, factors would leave float64
             raise EngineError(f"loss_scale={loss_scale!r} must lie between 1e-100 and 1e100")
-        if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
-            raise EngineError(f"noise_multiplier={noise_multiplier!r} must be finite and >= 0")
+        check_noise_multiplier(noise_multiplier)
         if isinstance(optimizer, PrivateOptimizer):
             raise EngineError("the optimizer is private already: pass optimizer.original_optimizer")
         pad = self.secure_mode if pad_physical_batches is None else pad_physical_batches
@@ -169,6 +180,7 @@ class PrivacyEngine:
                 draw_counter=self._draws,
             )
         ledger = Ledger(module, entries, plan, backend)
+        warn_of_earlier_training(ledger.layers, optimizer, self._earlier)
         ledger.privacy_statement = self.privacy_statement
         session = self._session = Session(
             module,
@@ -181,6 +193,7 @@ class PrivacyEngine:
             mean_reduction=loss_reduction == "mean",
             loss_scale=loss_scale,
             poisson_sampling=poisson_sampling,
+            padded=bool(pad) and poisson_sampling,
             secure_mode=self.secure_mode,
         )
         session.skip_noise(self._noise_steps)
@@ -214,11 +227,9 @@ class PrivacyEngine:
         Raises:
             AccountingError: the target cannot be met, or an argument is out of range.
         """
-        if epochs < 1 or int(epochs) != epochs:
-            raise AccountingError(f"epochs={epochs!r} must be a whole number >= 1")
         rate, per_epoch, public = plan_sampling(data_loader, sample_rate, poisson_sampling)
         check_delta(target_delta, public)
-        steps = int(epochs) * per_epoch
+        steps = whole_epochs(epochs) * per_epoch
         sigma = calibrate_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
@@ -239,6 +250,9 @@ class PrivacyEngine:
         self._running.planned_releases = steps
         self._target_delta = target_delta
         return private
+
+    def __copy__(self) -> PrivacyEngine:
+        return copy.deepcopy(self)  # never shares a key; refused while a model is attached
 
     @property
     def _running(self) -> Session:
@@ -271,8 +285,6 @@ class PrivacyEngine:
             AccountingError: ``delta`` outside (0, 1).
         """
         check_delta(delta, self._public_size)
-        if self._keys.deterministic and self.accountant.history.total_steps:
-            return math.inf
         return float(self.accountant.get_epsilon(delta))
 
     def privacy_statement(self, delta: float | None = None) -> dict[str, Any]:
@@ -385,6 +397,7 @@ class PrivacyEngine:
         warn_of_lost(self.accountant.history.total_steps - history.total_steps)
         self._draws.advance_to(data["draws"])
         session.continue_from(data["noise_steps"], data["releases"])
+        warn_of_other_noise(session.noise_multiplier, data["noise_multiplier"])
         session.set_noise_multiplier(data["noise_multiplier"])
         for name, target in objects.items():
             target.load_state_dict(data["objects"][name])

@@ -85,15 +85,16 @@ def batch_of(args: Any, kwargs: Any) -> int:
 
 
 def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[BiasLayer]) -> bool:
-    """Run ``model`` twice on B + 1 rows, without gradients, and require what a batch-first model does.
+    """Run ``model`` four times on B + 1 rows, without gradients, and require what a batch-first model does.
 
-    The added row repeats the first sample in one run and another sample in the other. In both, every converted layer
-    must give B + 1 rows; and neither the outputs of the B samples, of the layers or of the model, nor a buffer may
-    notice what the added row holds. A loss that the model returns must be a sum or a mean over samples.
+    A row is added behind the samples, and ahead of them (a model may mix forward only, as a causal one does along its
+    time); it repeats the first sample in one run and is another in the other. In all, every converted layer must give
+    B + 1 rows; and neither the outputs of the B samples, of the layers or of the model, nor a buffer may notice what
+    the added row holds. A loss that the model returns must be a sum or a mean over samples.
     The generators' state and the buffers are as before afterwards.
 
     Returns:
-        False where all samples are alike, so that the second question could not be asked.
+        False where all samples are alike and cannot be changed, so that the second question could not be asked.
 
     Raises:
         BatchLayoutError: naming the layer whose leading dimension does not follow the batch or whose rows are not the
@@ -101,15 +102,16 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
     """
     trial = _Trial(model, args, kwargs, batch, layers)
     other = _another_row(args, kwargs, batch)
-    runs = []
+    added = (0,) if other is None else (0, other)
+    samples = range(batch)
     try:
-        for row in (0,) if other is None else (0, other):
-            runs.append(trial.run([*range(batch), row]))
+        behind = [trial.run([*samples, row]) for row in added]
+        ahead = [trial.run([row, *samples], ahead=True) for row in added] if other is not None else []
     except _FAILURES as error:
         raise BatchLayoutError(
             f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} ({error})"
         ) from error
-    faults = [fault for run in runs for fault in run.faults]
+    faults = [fault for run in behind + ahead for fault in run.faults]
     if faults:
         raise BatchLayoutError(
             "the leading dimension does not follow the batch size in layer "
@@ -117,8 +119,17 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
             + ". Sequence-first inputs, tables without a batch dimension and folded or flattened batches give wrong "
             "per-sample gradients; make the layer's input batch-first, or leave its bias frozen"
         )
-    first, last = runs[0], runs[-1]
-    _require_apart([list(tensors_in(run.output)) for run in runs], batch)
+    for runs, kept in ((behind, slice(0, batch)), (ahead, slice(1, batch + 1))):
+        if runs:
+            _require_alike(runs[0], runs[-1], kept, batch)
+    if other is not None and other >= 0 and loss_in(behind[0].output) is not None:
+        _require_loss_of_samples(trial)
+    return other is not None
+
+
+def _require_alike(first: _Run, last: _Run, kept: slice, batch: int) -> None:
+    """Two runs that differ in the added row must not differ in the samples: rows ``kept`` of what the model gives."""
+    _require_apart(list(tensors_in(first.output)), list(tensors_in(last.output)), kept, batch)
     for (name, a), (_, b) in zip(first.digests, last.digests, strict=False):
         if not _same(a, b, 1e-6):
             raise BatchLayoutError(
@@ -131,9 +142,6 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
                 f"buffer {name!r} is written from the batch: it would hold private data without noise. Stop the model "
                 "from writing it (eval() of its module does so in most)"
             )
-    if other is not None and loss_in(first.output) is not None:
-        _require_loss_of_samples(trial)
-    return other is not None
 
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
@@ -170,9 +178,11 @@ class _Trial:
     batch: int
     layers: list[BiasLayer]
 
-    def run(self, rows: list[int]) -> _Run:
+    def run(self, rows: list[int], ahead: bool = False) -> _Run:
+        """One run on these rows of the inputs, the last of which, or the first where ``ahead``, is the added one."""
         run = _Run(None, [], {}, [])
-        batch = len(rows) - 1  # the last row is the added one
+        batch = len(rows) - 1
+        kept = slice(1, batch + 1) if ahead else slice(0, batch)
 
         def look(module: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
@@ -181,7 +191,7 @@ class _Trial:
                 run.faults.append(f"{module.layer_name!r} gives shape {tuple(output.shape)} for {len(rows)} samples")
             else:
                 name = str(module.layer_name)
-                run.digests.append((name, output[:batch].flatten(1).abs().sum(1, dtype=torch.float64)))
+                run.digests.append((name, output[kept].flatten(1).abs().sum(1, dtype=torch.float64)))
 
         handles = [layer.register_forward_hook(look) for layer in self.layers if layer.trained]
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
@@ -191,9 +201,9 @@ class _Trial:
             for own, buffer in module._buffers.items()
             if buffer is not None
         ]
-        chosen = _map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=devices), _python_generators_kept():
+                chosen = _map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
                 run.output = self.model(*chosen[0], **chosen[1])
             for module, name, own, _, _ in owned:
                 value = module._buffers[own]
@@ -258,32 +268,45 @@ def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def _take(tensor: Tensor, batch: int, rows: list[int]) -> Tensor:
     if tensor.dim() == 0 or tensor.shape[0] != batch:
         return tensor
-    return tensor[torch.tensor(rows, device=tensor.device)]
+    taken = tensor[torch.tensor([max(row, 0) for row in rows], device=tensor.device)]
+    if -1 in rows:
+        taken[rows.index(-1)] = _changed(tensor[0])
+    return taken
+
+
+def _changed(row: Tensor) -> Tensor:
+    """Another valid content for a row: signs turned, or the same numbers in another order, or one less."""
+    if row.dtype == torch.bool:
+        return row
+    if row.is_floating_point() or row.is_complex():
+        return 1 - row
+    return row.flip(-1) if row.dim() and not bool((row == row.flip(-1)).all()) else (row - 1).clamp(min=0)
 
 
 def _another_row(args: Any, kwargs: Any, batch: int) -> int | None:
-    """A row whose content differs from row 0 in some input; None where all samples are alike."""
+    """A row whose content differs from row 0 in some input; where all are alike, -1: row 0 changed; None: neither."""
     for tensor in tensors_in((args, kwargs)):
         if batch > 1 and tensor.dim() > 0 and tensor.shape[0] == batch:
             different = (tensor[1:] != tensor[:1]).flatten(1).any(1) if tensor.dim() > 1 else tensor[1:] != tensor[0]
             if bool(different.any()):
                 return 1 + int(different.int().argmax())
-    return None
+    changeable = (t[0] for t in tensors_in((args, kwargs)) if t.dim() > 0 and t.shape[0] == batch)
+    return -1 if any(not torch.equal(row, _changed(row)) for row in changeable) else None
 
 
-def _require_apart(outputs: list[list[Tensor]], batch: int) -> None:
-    sizes = {t.shape[0] for t in outputs[0] if t.dim() > 0}
+def _require_apart(first_output: list[Tensor], last_output: list[Tensor], kept: slice, batch: int) -> None:
+    sizes = {t.shape[0] for t in first_output if t.dim() > 0}
     if batch in sizes and batch + 1 not in sizes:
         raise BatchLayoutError(
             f"the model's output has {batch} rows for {batch + 1} samples: its batch is not the leading dimension of "
             "its inputs (sequence-first inputs?); give it batch-first inputs"
         )
-    for first, second in zip(outputs[0], outputs[-1], strict=True):
+    for first, second in zip(first_output, last_output, strict=True):
         if first.dim() == 0 or first.shape[0] != batch + 1 or first.shape != second.shape:
             continue
         if not first.is_floating_point():
             continue
-        a, b = first[:batch].float(), second[:batch].float()
+        a, b = first[kept].float(), second[kept].float()
         finite = a.isfinite() & b.isfinite()
         size = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
         if bool(((a - b).abs()[finite] > 1e-4 * size).any()):

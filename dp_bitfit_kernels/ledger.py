@@ -75,7 +75,13 @@ def find_entries(model: nn.Module) -> list[Entry]:
     for module in model.modules():
         if isinstance(module, BiasLayer):
             for own in sorted(module.trained):
-                owners.setdefault(id(module.get_parameter(own)), []).append((module, f"{own}_rows"))
+                parameter = module._parameters.get(own)
+                if parameter is None:
+                    raise UnsupportedModuleError(
+                        f"parameter {own!r} of layer {module.layer_name!r} is no longer a parameter (pruned, "
+                        "parametrized or removed after convert_model): change the model first, then convert it"
+                    )
+                owners.setdefault(id(parameter), []).append((module, f"{own}_rows"))
     entries: list[Entry] = []
     start = 0
     for name, parameter in model.named_parameters():
@@ -148,6 +154,7 @@ class Ledger:
         self.close()
         for layer in self.layers:
             layer.attachment = None
+            layer.__dict__["trained_before"] = self.opened > 0 or layer.trained_before
 
     @property
     def batch(self) -> int | None:
@@ -180,7 +187,15 @@ class Ledger:
             slab.mask.fill_(True)
         else:
             slab.mask.copy_(mask)
+        self._open = True
+        self._hand_out(slab)
+
+    def _hand_out(self, slab: _Slab) -> None:
+        """Give the layers new leaves: what leads to earlier ones adds nothing from now on."""
         slab.clean_version = slab.rows._version
+        for leaf in slab.leaves:
+            leaf.grad = None
+        slab.leaves.clear()
         for entry, part in zip(self.entries, slab.parts, strict=True):
             # Shares memory with the rows, not their version counter; its value is never read. A new one for each
             # batch, so that a backward through the graph of an earlier batch finds a leaf that leads nowhere.
@@ -189,7 +204,6 @@ class Ledger:
             slab.leaves.append(leaf)
             for layer, attribute in entry.layers:
                 layer.__dict__[attribute] = leaf
-        self._open = True
         self.opened += 1
 
     def _allocate(self, batch: int) -> _Slab:
@@ -202,12 +216,12 @@ class Ledger:
         return _Slab(rows, parts, torch.ones(batch, dtype=torch.bool, device=self.device))
 
     def zero_rows(self) -> None:
-        """Forget what was backpropagated into the open batch; it stays open."""
+        """Forget what was backpropagated into the open batch; it stays open, for forwards from now on."""
         slab = self._slab
         if slab is not None:
             slab.rows.zero_()
             slab.contributions.clear()
-            slab.clean_version = slab.rows._version
+            self._hand_out(slab)
 
     def watch(self) -> None:
         """Note from now on, without looking at a value, which parameters the backward of the open batch reaches."""

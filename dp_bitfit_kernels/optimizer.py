@@ -62,7 +62,8 @@ class PrivateOptimizer(Optimizer):
         # Optimizer.__init__ is not called: parameters, state and defaults are those of the original.
         self.original_optimizer = original
         self._session = session
-        self.max_grad_norm = max_grad_norm
+        self._max_grad_norm = max_grad_norm
+        self._held = [id(p) for group in original.param_groups for p in group["params"]]
         # Hooks registered here run when the original steps: on releases.
         self._optimizer_step_pre_hooks = original._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = original._optimizer_step_post_hooks
@@ -101,6 +102,11 @@ class PrivateOptimizer(Optimizer):
         self._session.set_noise_multiplier(value)
 
     @property
+    def max_grad_norm(self) -> float:
+        """R, fixed since make_private: the accounting and the grid stand on it."""
+        return self._max_grad_norm
+
+    @property
     def expected_batch_size(self) -> float:
         return self._session.expected_batch_size
 
@@ -124,6 +130,11 @@ class PrivateOptimizer(Optimizer):
             raise OptimizerError(
                 "GradScaler is not supported: a sample that overflows would decide whether a step is skipped. Multiply "
                 "the loss by a constant and pass it as loss_scale= instead"
+            )
+        if [id(p) for group in self.param_groups for p in group["params"]] != self._held:
+            raise OptimizerError(
+                "the parameters of the optimizer changed after make_private: what was added would be trained on raw "
+                "gradients of private data; make_private again with a new optimizer"
             )
         if not self._session.absorb():
             return False

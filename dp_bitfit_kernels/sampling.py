@@ -237,8 +237,10 @@ class PrivateDataLoader:
         facts = loader_facts(loader)
         if steps_per_epoch < 1:
             raise SamplingError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
-        if max_physical_batch_size is not None and max_physical_batch_size < 1:
-            raise SamplingError(f"max_physical_batch_size must be at least 1, got {max_physical_batch_size}")
+        if max_physical_batch_size is not None and (
+            not isinstance(max_physical_batch_size, int) or max_physical_batch_size < 1
+        ):
+            raise SamplingError(f"max_physical_batch_size must be a whole number >= 1, got {max_physical_batch_size!r}")
         if pad_physical_batches and max_physical_batch_size is None:
             raise SamplingError("pad_physical_batches needs max_physical_batch_size, the size to pad to")
         self.dataset = loader.dataset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -19,6 +18,12 @@ from .optimizer import release_into
 from .sampling import Ticket
 
 _EVALUATION = "for evaluation use torch.no_grad()"
+
+
+def check_noise_multiplier(value: float) -> None:
+    """Finite, not negative, and small enough for float64 to hold the noise on the integer grid."""
+    if not 0 <= value <= 2.0**20:
+        raise EngineError(f"noise_multiplier={value!r} must lie in [0, 2^20]")
 
 
 class Session:
@@ -44,13 +49,14 @@ class Session:
         mean_reduction: bool,
         loss_scale: float,
         poisson_sampling: bool,
+        padded: bool,
         secure_mode: bool,
     ):
         self.model, self.ledger, self.keys, self.accountant = model, ledger, keys, accountant
         self.noise_multiplier = noise_multiplier
         self.sample_rate, self.expected_batch_size = sample_rate, expected_batch_size
         self.mean_reduction, self.loss_scale = mean_reduction, loss_scale
-        self.poisson_sampling, self.secure_mode = poisson_sampling, secure_mode
+        self.poisson_sampling, self.padded, self.secure_mode = poisson_sampling, padded, secure_mode
         self.ended = False  # by detach()
         self.releases = 0
         self.planned_releases: int | None = None
@@ -63,16 +69,15 @@ class Session:
         self._was_declared = False  # for the open batch
         self._forwards = 0
         self._traced: tuple[Any, Any] | None = None  # inputs of a compiled forward of the open batch
-        self._proven = False
-        self._proven_for: int | None = None  # where all samples were alike, the proof is for this batch size only
+        self._proven: set[bytes] = set()  # training flags of the modules that the layout was proven under
+        self._asked = False  # whether the open batch was shown to the proof
         self._reach_checked = False
         self._warned: set[str] = set()
         for parameter in model.parameters():
             parameter.grad = None
 
     def set_noise_multiplier(self, value: float) -> None:
-        if not (math.isfinite(value) and value >= 0):
-            raise EngineError(f"noise_multiplier={value!r} must be finite and >= 0")
+        check_noise_multiplier(value)
         if self.draw is not None:
             raise EngineError("noise_multiplier cannot change within a draw")
         self.noise_multiplier = float(value)
@@ -137,6 +142,12 @@ class Session:
     def _open_without_ticket(self, batch: int) -> None:
         if self.draw is not None:
             raise EngineError("a batch without a ticket came in the middle of a draw of the private loader")
+        if self.padded:
+            raise EngineError(
+                "this batch carries no ticket: it was stepped on before, or does not come from the private loader. "
+                "With padded physical batches its repeats of a record would count as records: take each batch from "
+                "the private loader, and step once on it"
+            )
         if self.poisson_sampling:
             self._warn_once(
                 "ticketless",
@@ -149,6 +160,7 @@ class Session:
 
     def _open(self, batch: int, mask: Tensor | None = None) -> None:
         was_compiled, self._forwards, self._traced = self._traced is not None, 0, None
+        self._asked = False
         self.ledger.open(batch, mask)
         # Once, after the first release: by then a head that started at zero passes gradients on.
         if self.releases and not self._reach_checked and not was_compiled:  # a hook would make compiled code anew
@@ -180,19 +192,26 @@ class Session:
                 f"(found {sorted(layout.leading_sizes(args, kwargs))}); {_EVALUATION}"
             )
         self._forwards += 1
-        if not self._proven and batch != self._proven_for:
+        if self._modes() not in self._proven and not self._asked:
             self._prove(args, kwargs, batch)
 
+    def _modes(self) -> bytes:
+        """A model may mix samples, or write a buffer, in training mode only: each combination is proven by itself."""
+        return bytes(module.training for module in self.model.modules())
+
     def _prove(self, args: Any, kwargs: Any, batch: int) -> None:
+        self._asked = True
         if batch not in layout.leading_sizes(args, kwargs):
             self._warn_unproven("no tensor input of the model has the batch as its leading dimension")
             return
+        modes = self._modes()
         try:
-            self._proven = layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
+            asked_all = layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
         except BatchLayoutError:
             self.abandon()
             raise
-        self._proven_for = batch
+        if asked_all:  # else the next batch is asked again
+            self._proven.add(modes)
 
     def _prove_unseen(self, batch: int) -> None:
         """Ask at the step what the forward could not: the model was compiled, or only modules inside it were called."""
@@ -239,7 +258,7 @@ class Session:
                 "step() without a backward of the private model since the last step: nothing was backpropagated, or "
                 "the forward ran under torch.no_grad()"
             )
-        if not self._proven and self._proven_for != batch and "unproven" not in self._warned:
+        if not self._asked and self._modes() not in self._proven and "unproven" not in self._warned:
             self._prove_unseen(batch)
         silent = self.ledger.silent()
         if silent is not None:
@@ -264,7 +283,7 @@ class Session:
             self._warn_once(
                 "silent",
                 f"no gradient reached {len(silent)} trained parameter(s) in this batch, first {silent[0]!r}: its layer "
-                "was not called, or ran under torch.no_grad(). What never gets a gradient is only moved by noise: "
+                "was not called, or ran under torch.no_grad(). If that is so in every batch, only noise moves it: "
                 f"leave it frozen, convert_model(biases=('*', '!{silent[0]}'))",
             )
 
@@ -302,7 +321,8 @@ class Session:
         The release is (S + round(sigma G z)) * R / (G E[B]), S the integer sum of the draw, z from ChaCha20.
         """
         sigma, ledger = self.noise_multiplier, self.ledger
-        self.accountant.charge(sigma, self._charge_rate)
+        # Noise that a seed replays protects nothing: charged as none, wherever this history goes.
+        self.accountant.charge(0.0 if self.keys.deterministic else sigma, self._charge_rate)
         self.releases += 1
         if self.planned_releases is not None and self.releases > self.planned_releases:
             self._warn_once(

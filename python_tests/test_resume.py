@@ -225,7 +225,7 @@ def test_history_is_on_disk_before_the_noise(tmp_path, monkeypatch):
         from dp_bitfit_kernels import backends
 
         backends._backend.cache_clear()
-        backends._select.cache_clear()
+        backends.serving.cache_clear()
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert sum(line.get("count", 0) for line in lines) == 1
 

@@ -18,5 +18,6 @@ class Sabotage(NamedTuple):
 ENGINE, BAD, RESUME = "test_engine.py", "test_bad_input.py", "test_resume.py"
 ORACLE = f"{ENGINE}::test_step_equals_oracle"
 GUARANTEES, AUDIT, RESIDUE = "test_guarantees.py", "test_audit.py", "test_residue.py"
+ATTACKS = "test_attacks.py"
 ONE_RECORD = f"{GUARANTEES}::test_one_record_moves_the_sum_by_at_most_the_bound"
 CANARY = f"{AUDIT}::test_a_canary_shows_as_much_as_accounted"

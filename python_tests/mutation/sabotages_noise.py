@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sabotage import AUDIT, BAD, CANARY, GUARANTEES, RESIDUE, RESUME, Sabotage
+from sabotage import ATTACKS, AUDIT, BAD, CANARY, GUARANTEES, RESIDUE, RESUME, Sabotage
 
 NO_FRESH_DRAW = (
     ("session.py", "            self.ledger.total.zero_()  # an interrupt", "            pass  # an interrupt"),
@@ -148,5 +148,12 @@ NOISE = (
         "            raise\n",
         (f"{RESIDUE}::test_a_release_that_fails_leaves_no_sum_behind",),
         also=NO_FRESH_DRAW,
+    ),
+    Sabotage(
+        "a copied engine keeps the key",
+        "engine.py",
+        "    def __copy__(self) -> PrivacyEngine:\n",
+        "    def _unused(self) -> PrivacyEngine:\n",
+        (f"{ATTACKS}::test_a_shallow_copy_of_an_engine_draws_its_own_noise",),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sabotage import BAD, ENGINE, GUARANTEES, ONE_RECORD, ORACLE, RESUME, Sabotage
+from sabotage import ATTACKS, BAD, ENGINE, GUARANTEES, ONE_RECORD, ORACLE, RESUME, Sabotage
 
 SENSITIVITY = (
     Sabotage(
@@ -100,7 +100,7 @@ SENSITIVITY = (
     Sabotage(
         "the layout is guessed from one batch",
         "session.py",
-        "        if not self._proven and batch != self._proven_for:\n",
+        "        if self._modes() not in self._proven and not self._asked:\n",
         "        if False:\n",
         (f"{ENGINE}::test_wrong_layout_refused_by_name",),
     ),
@@ -181,5 +181,33 @@ SENSITIVITY = (
         "self._grid, extra, scale, plan.gamma",
         "self._grid, None, scale, plan.gamma",
         ("test_ledger.py",),
+    ),
+    Sabotage(
+        "a padded batch is stepped on without its mask",
+        "session.py",
+        "        if self.padded:\n",
+        "        if False:\n",
+        (f"{ATTACKS}::test_a_padded_batch_counts_once",),
+    ),
+    Sabotage(
+        "only a row behind the others is changed",
+        "layout.py",
+        "for row in added] if other is not None else []",
+        "for row in added] if False else []",
+        (f"{ATTACKS}::test_mixing_that_only_flows_forward_is_seen",),
+    ),
+    Sabotage(
+        "a proof in evaluation holds for training",
+        "session.py",
+        "return bytes(module.training for module in self.model.modules())",
+        "return b''",
+        (f"{ATTACKS}::test_a_first_forward_in_evaluation_proves_nothing_for_training",),
+    ),
+    Sabotage(
+        "zero_grad leaves earlier graphs alive",
+        "ledger.py",
+        "            self._hand_out(slab)\n",
+        "            slab.clean_version = slab.rows._version\n",
+        (f"{ATTACKS}::test_zero_grad_cuts_the_graphs_before_it",),
     ),
 )

@@ -15,7 +15,7 @@ STATE = (
     Sabotage(
         "a step is not charged",
         "session.py",
-        "        self.accountant.charge(sigma, self._charge_rate)\n",
+        "        self.accountant.charge(0.0 if self.keys.deterministic else sigma, self._charge_rate)\n",
         "",
         (f"{RESUME}::test_charged_steps_equal_noise_draws_and_releases",),
     ),
@@ -29,8 +29,8 @@ STATE = (
     Sabotage(
         "the accountant hears of more noise than there is",
         "session.py",
-        "self.accountant.charge(sigma, self._charge_rate)",
-        "self.accountant.charge(sigma * 1.1, self._charge_rate)",
+        "else sigma, self._charge_rate)",
+        "else sigma * 1.1, self._charge_rate)",
         (f"{RESUME}::test_noise_schedule_is_charged_as_used",),
     ),
     Sabotage(
@@ -63,9 +63,9 @@ STATE = (
     ),
     Sabotage(
         "a seeded run claims a finite epsilon",
-        "engine.py",
-        "if self._keys.deterministic and",
-        "if False and",
+        "session.py",
+        "0.0 if self.keys.deterministic else sigma,",
+        "sigma,",
         (f"{BAD}::test_unsafe_seed_makes_every_statement_infinite",),
     ),
     Sabotage(
