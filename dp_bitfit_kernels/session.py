@@ -256,7 +256,7 @@ class Session:
         if batch is None or not self.ledger.dirty:
             raise OptimizerError(
                 "step() without a backward of the private model since the last step: nothing was backpropagated, or "
-                "the forward ran under torch.no_grad()"
+                "the forward ran under torch.no_grad(), or the backward after `with engine.batch(B):` had ended"
             )
         if not self._asked and self._modes() not in self._proven and "unproven" not in self._warned:
             self._prove_unseen(batch)

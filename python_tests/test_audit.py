@@ -243,7 +243,8 @@ def test_a_whole_run_is_distinguished_as_well_as_accounted():
         (own * model(torch.ones(len(index), 1))).sum().backward()
         optimizer.step()
     (charged,) = engine.accountant.history.segments
-    sigma, q = charged.noise_multiplier, charged.sample_rate
+    sigma, q = optimizer.noise_multiplier, charged.sample_rate
+    assert charged.noise_multiplier == 0.0  # what a seed replays is charged as no noise
     assert charged.count == steps
 
     def log_ratio(released):  # [steps, n] -> [n]
