@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ._validate import AccountingError, CheckpointError, EngineError, SamplingError
-from .layers import BiasLayer
 from .ledger import Entry
 from .sampling import loader_facts
 
@@ -97,9 +96,9 @@ def check_fit(
         raise CheckpointError(f"{path!r} holds no state named {unknown[0]!r}; nothing was changed")
 
 
-def warn_of_earlier_training(layers: Iterable[BiasLayer], optimizer: Optimizer, charged: int) -> None:
+def warn_of_earlier_training(entries: Sequence[Entry], optimizer: Optimizer, charged: int) -> None:
     """What was learnt before this engine, and is in none of its charges."""
-    if not charged and any(layer.trained_before for layer in layers):
+    if not charged and any(layer.trained_before for entry in entries for layer, _ in entry.layers):
         warnings.warn(
             "these parameters were trained by another engine before: what that spent is not in this engine's epsilon. "
             "Go on with the same engine, or with PrivacyEngine(history=...) of the same file",
@@ -113,8 +112,8 @@ def warn_of_earlier_training(layers: Iterable[BiasLayer], optimizer: Optimizer, 
         )
 
 
-def warn_of_other_noise(asked: float, saved: float) -> None:
-    if not math.isclose(asked, saved, rel_tol=1e-9):
+def warn_of_weaker_noise(asked: float, saved: float) -> None:
+    if saved < asked * (1.0 - 1e-9):
         warnings.warn(
             f"the checkpoint's noise multiplier, {saved:.6g}, replaces the {asked:.6g} of this make_private: a target "
             "epsilon given to it does not hold",

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from ._plan import (
     plan_sampling,
     warn_of_earlier_training,
     warn_of_lost,
-    warn_of_other_noise,
+    warn_of_weaker_noise,
     whole_epochs,
 )
 from ._validate import CheckpointError, EngineError
@@ -36,24 +35,9 @@ from .ledger import Ledger, find_entries
 from .noise import STREAM_SAMPLER, KeySource, delta_slack, epsilon_slack
 from .optimizer import PrivateOptimizer, check_parameters
 from .sampling import DrawCounter, PrivateDataLoader, Ticket
-from .session import Session, check_noise_multiplier
+from .session import ForwardHook, Session, check_noise_multiplier
 
 _FORMAT = "dp-bitfit-checkpoint"
-
-
-class _ForwardHook:
-    """Tells the session of each forward of the model; a copy or pickle of the model is not private and does nothing."""
-
-    def __init__(self, session: Session | None):
-        self._session = ref(session) if session is not None else None
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        session = self._session() if self._session is not None else None
-        if session is not None:
-            session.before_forward(args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ForwardHook, (None,)
 
 
 class PrivacyEngine:
@@ -179,8 +163,8 @@ class PrivacyEngine:
                 on_ticket=on_ticket,
                 draw_counter=self._draws,
             )
+        warn_of_earlier_training(entries, optimizer, self._earlier)
         ledger = Ledger(module, entries, plan, backend)
-        warn_of_earlier_training(ledger.layers, optimizer, self._earlier)
         ledger.privacy_statement = self.privacy_statement
         session = self._session = Session(
             module,
@@ -198,7 +182,7 @@ class PrivacyEngine:
         )
         session.skip_noise(self._noise_steps)
         self._clipping, self._public_size = method, public
-        self._hook = module.register_forward_pre_hook(_ForwardHook(self._session), with_kwargs=True)
+        self._hook = module.register_forward_pre_hook(ForwardHook(session), with_kwargs=True)
         self._optimizer = PrivateOptimizer(optimizer, self._session, method.sensitivity)
         if self._earlier:
             warnings.warn(
@@ -394,10 +378,9 @@ class PrivacyEngine:
         for entry in entries:
             entry.parameter.data.copy_(data["parameters"][entry.name])
         self.accountant.history.merge(history.segments)
-        warn_of_lost(self.accountant.history.total_steps - history.total_steps)
         self._draws.advance_to(data["draws"])
         session.continue_from(data["noise_steps"], data["releases"])
-        warn_of_other_noise(session.noise_multiplier, data["noise_multiplier"])
+        asked = session.noise_multiplier
         session.set_noise_multiplier(data["noise_multiplier"])
         for name, target in objects.items():
             target.load_state_dict(data["objects"][name])
@@ -406,4 +389,6 @@ class PrivacyEngine:
         result["releases"] = data["releases"]
         if per_epoch and self._loader is not None:
             result["epoch"], self._loader.skip_draws = divmod(data["releases"], per_epoch)
+        warn_of_lost(self.accountant.history.total_steps - history.total_steps)
+        warn_of_weaker_noise(asked, session.noise_multiplier)
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,21 @@ def check_noise_multiplier(value: float) -> None:
     """Finite, not negative, and small enough for float64 to hold the noise on the integer grid."""
     if not 0 <= value <= 2.0**20:
         raise EngineError(f"noise_multiplier={value!r} must lie in [0, 2^20]")
+
+
+class ForwardHook:
+    """Tells the session of each forward of the model; a copy or pickle of the model is not private and does nothing."""
+
+    def __init__(self, session: Session | None):
+        self._session = ref(session) if session is not None else None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        session = self._session() if self._session is not None else None
+        if session is not None:
+            session.before_forward(args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForwardHook, (None,)
 
 
 class Session:

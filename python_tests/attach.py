@@ -19,6 +19,17 @@ def small_model(seed: int = 0) -> nn.Module:
     )
 
 
+class SequenceFirst(nn.Module):
+    """Its inner layer's leading dimension is T, not B."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, 6]
+        return self.inner(x.transpose(0, 1)).mean(0)
+
+
 def names_of(model: nn.Module) -> list[str]:
     """Names of the trained parameters."""
     return [n for n, p in model.named_parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from attach import flat, names_of, private, small_model
+from attach import SequenceFirst, flat, names_of, private, small_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -116,15 +116,6 @@ def test_two_engines_refused():
             noise_multiplier=1.0,
             max_grad_norm=1.0,
         )
-
-
-class SequenceFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(6, 3)
-
-    def forward(self, x):  # [B, T, 6]
-        return self.inner(x.transpose(0, 1)).mean(0)
 
 
 class Table(nn.Module):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attach import attach
+from attach import SequenceFirst, attach
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,15 +23,6 @@ def whole(model, x, y=None, batch=4, head=(), **options):
     dpk.convert_model(model, train_modules=head)
     y = torch.arange(len(x)) % 3 if y is None else y
     return attach(model, x, y, batch=batch, **{"sample_rate": 1.0, **options})
-
-
-class SequenceFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(6, 3)
-
-    def forward(self, x):  # [B, T, 6]
-        return self.inner(x.transpose(0, 1)).mean(0)
 
 
 class Inside(nn.Module):

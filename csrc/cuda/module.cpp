@@ -1,17 +1,9 @@
 // Registers the CUDA ops when the module is imported. The schemas come from dp_bitfit_kernels/_ops.py, imported before.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
 
-#include "ops.h"
+#include "register.h"
 
-STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CUDA, m) {
-  m.impl("bias_grad", TORCH_BOX(&dpk::bias_grad));
-  m.impl("bias_grad_", TORCH_BOX(&dpk::bias_grad_));
-  m.impl("clip_factors", TORCH_BOX(&dpk::clip_factors));
-  m.impl("clipped_sum_", TORCH_BOX(&dpk::clipped_sum_));
-  m.impl("noisy_sum", TORCH_BOX(&dpk::noisy_sum));
-  m.impl("random_words", TORCH_BOX(&dpk::random_words));
-}
+STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CUDA, m) { dpk::register_ops(m); }
 
 PyMODINIT_FUNC PyInit__C_cuda() {
   static PyModuleDef definition{};
