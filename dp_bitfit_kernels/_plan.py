@@ -104,7 +104,7 @@ def warn_of_earlier_training(entries: Sequence[Entry], optimizer: Optimizer, cha
             "Go on with the same engine, or with PrivacyEngine(history=...) of the same file",
             stacklevel=3,
         )
-    if not charged and optimizer.state:
+    if not charged and any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
         warnings.warn(
             "the optimizer holds state of earlier steps (momentum): if those saw private data, that is in no epsilon "
             "of this engine; a new optimizer starts clean",

@@ -31,6 +31,7 @@ from ._plan import (
 from ._validate import CheckpointError, EngineError
 from .accounting import Accountant, calibrate_noise_multiplier
 from .clipping import ClippingMethod, resolve
+from .flat_update import FlatUpdate
 from .ledger import Ledger, find_entries
 from .noise import STREAM_SAMPLER, KeySource, delta_slack, epsilon_slack
 from .optimizer import PrivateOptimizer, check_parameters
@@ -183,7 +184,8 @@ class PrivacyEngine:
         session.skip_noise(self._noise_steps)
         self._clipping, self._public_size = method, public
         self._hook = module.register_forward_pre_hook(ForwardHook(session), with_kwargs=True)
-        self._optimizer = PrivateOptimizer(optimizer, self._session, method.sensitivity)
+        flat = FlatUpdate.of(optimizer, entries, module)
+        self._optimizer = PrivateOptimizer(optimizer, self._session, method.sensitivity, flat)
         if self._earlier:
             warnings.warn(
                 f"the history already holds {self._earlier} charged steps: get_epsilon counts them, a target epsilon "
@@ -310,6 +312,8 @@ class PrivacyEngine:
             warnings.warn("detach() drops a draw that was not released", stacklevel=2)
         self._hook.remove()
         session.end()
+        if self._optimizer is not None:
+            self._optimizer.detach()
         self._noise_steps = session.noise_steps
         self._session = self._optimizer = self._loader = None
         self._earlier = self.accountant.history.total_steps

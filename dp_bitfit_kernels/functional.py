@@ -48,7 +48,7 @@ def bias_grad(grad: Tensor, width: int, channels_first: bool = False, backend: s
     """
     plain = not channels_first and grad.dim() == 3 and grad.shape[2] == width  # the usual case of text: no call
     view = grad if plain else samples_by_position(grad, width, channels_first)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return view.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32))
     if grad.dtype not in _NATIVE_DTYPES:
         return reference.bias_grad(view)
@@ -74,6 +74,18 @@ def _refuse_graph() -> None:
         )
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """``function.apply(*args)`` without what it does for torch.func's transforms, where none is active.
+
+    That takes as long as the rest of the call, and is paid once a layer and step.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        result: Tensor = function.apply(*args)
+    else:
+        result = super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return result
+
+
 def _pass_on(output: Tensor) -> Tensor:
     """The same memory as a tensor of its own to autograd: no copy, and in-place operations after it stay legal.
 
@@ -87,26 +99,27 @@ def _pass_on(output: Tensor) -> Tensor:
 class BiasGradFunction(torch.autograd.Function):
     """Identity on ``output``; the backward gives the bias its gradient, per sample where ``rows`` is given.
 
-    ``rows`` [B, p] float32 is a leaf whose value is never read; its ``grad`` is the layer's slice of the
-    ledger. Without it the bias gets its ordinary gradient, summed over the batch.
+    Either ``rows`` [B, p] float32, a leaf whose value is never read and whose ``grad`` is the layer's slice of the
+    ledger, or ``bias``, which gets its ordinary gradient, summed over the batch; the other one is None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, bias: Tensor, rows: Tensor | None, channels_first: bool, backend: str
+        ctx: Any, output: Tensor, bias: Tensor | None, rows: Tensor | None, channels_first: bool, backend: str
     ) -> Tensor:
-        ctx.private = rows is not None
-        ctx.shape, ctx.dtype = bias.shape, bias.dtype
+        if rows is not None:
+            ctx.width, ctx.shape = rows.shape[1], None
+        elif bias is not None:
+            ctx.width, ctx.shape, ctx.dtype = bias.numel(), bias.shape, bias.dtype
         ctx.channels_first, ctx.backend = channels_first, backend
         return _pass_on(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.private:
+        if ctx.shape is None:
             _refuse_graph()
-        rows = bias_grad(grad, ctx.shape.numel(), ctx.channels_first, ctx.backend)
-        if ctx.private:
-            return grad, None, rows, None, None
+            return grad, None, bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend), None, None
+        rows = bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend)
         return grad, rows.sum(0).to(ctx.dtype).view(ctx.shape), None, None, None
 
 

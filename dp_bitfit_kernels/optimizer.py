@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
 from ._validate import OptimizerError
+from .flat_update import FlatUpdate
 from .ledger import Entry
 
 if TYPE_CHECKING:
@@ -58,10 +59,11 @@ class PrivateOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True  # so that a GradScaler comes as far as step(), which refuses it
 
-    def __init__(self, original: Optimizer, session: Session, max_grad_norm: float):
+    def __init__(self, original: Optimizer, session: Session, max_grad_norm: float, flat: FlatUpdate | None = None):
         # Optimizer.__init__ is not called: parameters, state and defaults are those of the original.
         self.original_optimizer = original
         self._session = session
+        self._flat = flat
         self._max_grad_norm = max_grad_norm
         self._held = [id(p) for group in original.param_groups for p in group["params"]]
         # Hooks registered here run when the original steps: on releases.
@@ -139,15 +141,41 @@ class PrivateOptimizer(Optimizer):
         if not self._session.absorb():
             return False
         try:
-            self._session.release()
+            release = self._session.release()
         except BaseException:  # no charge or no noise: the sum must not stay behind for the next release
             self._session.abandon()
             raise
+        flat = self.flat_update()
+        if flat is not None:
+            flat.update(release)
+            flat.show()
+        else:
+            self.update(release)
+        return True
+
+    def flat_update(self) -> FlatUpdate | None:
+        """The update of all parameters as one, up to date with what was done from outside; None where there is none."""
+        if self._flat is not None and not self._flat.take_up():
+            self._flat = None
+        return self._flat
+
+    def update(self, release: torch.Tensor) -> None:
+        """The original optimizer's step on the release [P] float32, parameter by parameter."""
+        entries = self._session.ledger.entries
         try:
+            for entry in entries:
+                part = release[entry.start : entry.stop].view(entry.parameter.shape)
+                entry.parameter.grad = part.to(entry.parameter.dtype)
             self.original_optimizer.step()
         finally:
-            self._session.clear_grads()
-        return True
+            for entry in entries:
+                entry.parameter.grad = None
+
+    def detach(self) -> None:
+        """Give the trained parameters memory of their own again."""
+        if self._flat is not None:
+            self._flat.give_up()
+            self._flat = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the per-sample gradients of the open physical batch that no step has used."""
@@ -170,10 +198,3 @@ class PrivateOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"PrivateOptimizer({self.original_optimizer!r})"
-
-
-def release_into(entries: Sequence[Entry], flat: torch.Tensor) -> None:
-    """Hand the release [P] float32 to the parameters' ``grad``, each in its own shape and dtype."""
-    for entry in entries:
-        part = flat[entry.start : entry.stop].view(entry.parameter.shape)
-        entry.parameter.grad = part.to(entry.parameter.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._validate import BatchLayoutError, ConversionError, EngineError
-from ..functional import BiasGradFunction
+from ..functional import BiasGradFunction, apply
 
 # Everything that a conversion or an engine sets on an instance; removed by restore_layer, never copied or pickled
 # beyond the first two.
@@ -69,18 +69,21 @@ class BiasLayer(nn.Module):
         """True while gradients of this forward are to be taken; refuses a private forward outside a batch."""
         if not self.trained:
             return False
-        if self.attachment is not None and not torch.compiler.is_compiling():
+        ledger = self.attachment
+        if ledger is None:
+            return torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
             # A checkpointed block runs again in the backward: then only for the batch that it ran on before.
             if torch._C._current_graph_task_id() == -1:
-                self.__dict__["ran_in"] = self.attachment.opened
-            elif self.ran_in != self.attachment.opened:
+                self.__dict__["ran_in"] = ledger.opened
+            elif self.ran_in != ledger.opened:
                 raise EngineError(
                     f"layer {self.layer_name!r} is computed again for the backward of an earlier batch than the open "
                     "one: call backward() before the next batch is drawn"
                 )
         if not torch.is_grad_enabled():
             return False
-        if self.attachment is not None and self.bias_rows is None and self.weight_rows is None:
+        if self.bias_rows is None and self.weight_rows is None:
             raise EngineError(
                 f"layer {self.layer_name!r} of a private model ran a training forward outside a batch: call the "
                 "model itself on a batch of the private loader, or use `with engine.batch(B):`; "
@@ -103,9 +106,9 @@ class BiasLayer(nn.Module):
         if "bias" not in self.trained or not self.recording():
             return output
         self.check_rows(output)
-        bias, rows, first = self.own_bias(), self.bias_rows, self.channels_first
-        tapped: Tensor = BiasGradFunction.apply(output, bias, rows, first, self.backend)  # type: ignore[no-untyped-call]
-        return tapped
+        rows = self.bias_rows
+        bias = self.own_bias() if rows is None else None
+        return apply(BiasGradFunction, output, bias, rows, self.channels_first, self.backend)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles are unattached: per-sample gradients never travel with a model.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import WeightGradFunction
+from ..functional import WeightGradFunction, apply
 from .base import BiasLayer, LayerKind, register, register_lazy
 
 
@@ -23,7 +23,7 @@ class LinearLayer(BiasLayer):
         output = F.linear(input, weight, self.plain_bias())
         if private and self.recording():
             self.check_rows(output)
-            output = WeightGradFunction.apply(output, input.detach(), self.weight_rows)  # type: ignore[no-untyped-call]
+            output = apply(WeightGradFunction, output, input.detach(), self.weight_rows)
         return self.tap(output)
 
 

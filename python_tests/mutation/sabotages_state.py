@@ -22,9 +22,9 @@ STATE = (
     Sabotage(
         "a step is charged after its noise",
         "session.py",
-        "        release_into(ledger.entries, flat)\n",
-        "        self.accountant.charge(sigma, self._charge_rate)\n        release_into(ledger.entries, flat)\n",
-        (f"{RESUME}::test_charged_steps_equal_noise_draws_and_releases",),
+        "        self.charge()\n        return self.noisy_sum()\n",
+        "        release = self.noisy_sum()\n        self.charge()\n        return release\n",
+        (f"{RESUME}::test_history_is_on_disk_before_the_noise",),
     ),
     Sabotage(
         "the accountant hears of more noise than there is",
@@ -136,8 +136,8 @@ STATE = (
     Sabotage(
         "the release stays readable as a gradient",
         "optimizer.py",
-        "            self._session.clear_grads()\n",
-        "            pass\n",
+        "                entry.parameter.grad = None\n",
+        "                pass\n",
         (f"{GUARANTEES}::test_no_gradient_is_readable_before_the_release_and_no_sum_after_it",),
     ),
     Sabotage(
