@@ -24,6 +24,7 @@ from ._validate import (
     SamplingError,
     UnsupportedModuleError,
 )
+from .capture import CapturedStep, capture_step
 from .checkpoint import load_biases, save_biases
 from .convert import conversion_report, convert_model, restore_model
 from .engine import PrivacyEngine
@@ -34,6 +35,7 @@ __all__ = [
     "AccountingError",
     "BackendError",
     "BatchLayoutError",
+    "CapturedStep",
     "CheckpointError",
     "ClippingError",
     "ConversionError",
@@ -44,6 +46,7 @@ __all__ = [
     "PrivacyEngine",
     "SamplingError",
     "UnsupportedModuleError",
+    "capture_step",
     "clipping",
     "conversion_report",
     "convert_model",

@@ -100,6 +100,7 @@ class FlatUpdate:
         self._spread: list[tuple[Tensor, Tensor]] = []  # (copies [n], the run's own counter)
         self._shown = 0  # parameters with such views
         self._seen: tuple[int, ...] = ()  # identities of the state that the views are of
+        self._generation = 0  # of the state's tensors
         self.rates: list[Tensor] | None = None  # learning rates on the device, while a capture needs them there
         self._move_in()
 
@@ -203,7 +204,7 @@ class FlatUpdate:
             for key, value in group.items()
             if key not in ("params", "lr", "initial_lr")
         )
-        return settings, self._identities(), tuple(id(run.values) for run in self._runs)
+        return settings, self._generation
 
     def _piece(self, run: _Run, entry: Entry) -> Tensor:
         piece = run.values.detach()[entry.start - run.start : entry.stop - run.start]
@@ -270,6 +271,7 @@ class FlatUpdate:
                         views[entry.parameter][key] = value
         self._original.state = self._views = views
         self._shown = len(views)
+        self._generation += 1
         self._seen = self._identities()
 
     def _join_state(self) -> bool:

@@ -38,30 +38,30 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, f.name))
 
 
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
         return (
-            type(value)({k: _map_tensors(v, change) for k, v in value.items()})
+            type(value)({k: map_tensors(v, change) for k, v in value.items()})
             if type(value) is dict
             else _mapping(value, change)
         )
     if isinstance(value, Mapping):
         return _mapping(value, change)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_tensors(v, change) for v in value))
+        return type(value)(*(map_tensors(v, change) for v in value))
     if isinstance(value, tuple | list):
-        return type(value)(_map_tensors(v, change) for v in value)
+        return type(value)(map_tensors(v, change) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: _map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value)}
+        changed = {f.name: map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **changed)
     return value
 
 
 def _mapping(value: Mapping[Any, Any], change: Callable[[Tensor], Tensor]) -> Any:
     # Mapping classes of other libraries take a plain dict: a batch encoding, an ordered dict.
-    return type(value)({k: _map_tensors(v, change) for k, v in value.items()})  # type: ignore[call-arg]
+    return type(value)({k: map_tensors(v, change) for k, v in value.items()})  # type: ignore[call-arg]
 
 
 def leading_sizes(args: Any, kwargs: Any) -> set[int]:
@@ -203,7 +203,7 @@ class _Trial:
         ]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=devices), _python_generators_kept():
-                chosen = _map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
+                chosen = map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
                 run.output = self.model(*chosen[0], **chosen[1])
             for module, name, own, _, _ in owned:
                 value = module._buffers[own]

@@ -140,6 +140,7 @@ class Ledger:
         self._storage = torch.empty(0, dtype=torch.float32, device=self.device)
         self._slab: _Slab | None = None
         self._open = False
+        self.captured = False  # by a CUDA graph, which knows the memory of the rows: they stay where they are
         self._reached: set[int] | None = None  # numbers of the entries that a watched batch has reached
         self.opened = 0  # batches so far
         self.layers = [m for m in model.modules() if isinstance(m, BiasLayer)]
@@ -178,16 +179,32 @@ class Ledger:
         """
         self.close()
         slab = self._slab
+        if self.captured and (slab is None or slab.rows.shape[0] != batch):
+            raise EngineError(
+                f"a batch of {batch} samples came, and the captured step is of another size: give it batches of one "
+                "size (drop_last=True), or close() it"
+            )
         if slab is None or slab.rows.shape[0] != batch:
             slab = self._slab = self._allocate(batch)
-        else:
+        elif not self.captured:
             slab.rows.zero_()
         slab.contributions.clear()
         if mask is None:
             slab.mask.fill_(True)
         else:
-            slab.mask.copy_(mask)
+            slab.mask.copy_(mask, non_blocking=True)  # the host does not wait; what it wrote is taken at once
         self._open = True
+        if self.captured:
+            slab.clean_version = slab.rows._version
+        else:
+            self._hand_out(slab)
+
+    def refill(self) -> None:
+        """Zero the rows of the open batch and hand out their leaves: what ``open`` leaves to a captured step."""
+        slab = self._slab
+        if slab is None or not self._open:
+            raise EngineError("no batch is open")
+        slab.rows.zero_()
         self._hand_out(slab)
 
     def _hand_out(self, slab: _Slab) -> None:

@@ -133,11 +133,7 @@ class PrivateOptimizer(Optimizer):
                 "GradScaler is not supported: a sample that overflows would decide whether a step is skipped. Multiply "
                 "the loss by a constant and pass it as loss_scale= instead"
             )
-        if [id(p) for group in self.param_groups for p in group["params"]] != self._held:
-            raise OptimizerError(
-                "the parameters of the optimizer changed after make_private: what was added would be trained on raw "
-                "gradients of private data; make_private again with a new optimizer"
-            )
+        self.check()
         if not self._session.absorb():
             return False
         try:
@@ -152,6 +148,18 @@ class PrivateOptimizer(Optimizer):
         else:
             self.update(release)
         return True
+
+    def check(self) -> None:
+        """Refuse to step on other parameters than those of make_private."""
+        if [id(p) for group in self.param_groups for p in group["params"]] != self._held:
+            raise OptimizerError(
+                "the parameters of the optimizer changed after make_private: what was added would be trained on raw "
+                "gradients of private data; make_private again with a new optimizer"
+            )
+
+    @property
+    def session(self) -> Session:
+        return self._session
 
     def flat_update(self) -> FlatUpdate | None:
         """The update of all parameters as one, up to date with what was done from outside; None where there is none."""

@@ -218,10 +218,20 @@ class Session:
                 f"(found {sorted(layout.leading_sizes(args, kwargs))}); {_EVALUATION}"
             )
         self._forwards += 1
-        if self._modes() not in self._proven and not self._asked:
+        if self.modes() not in self._proven and not self._asked:
             self._prove(args, kwargs, batch)
 
-    def _modes(self) -> bytes:
+    @property
+    def settled(self) -> bool:
+        """Whether eager steps have asked all that they ask of a model in its present modes."""
+        return self.releases >= 2 and ("unproven" in self._warned or self.modes() in self._proven)
+
+    def open_without_ticket(self, args: Any, kwargs: Any) -> None:
+        """Open a batch for inputs that came without a ticket, unless one is open."""
+        if self.ledger.batch is None:
+            self._open_without_ticket(layout.batch_of(args, kwargs))
+
+    def modes(self) -> bytes:
         """A model may mix samples, or write a buffer, in training mode only: each combination is proven by itself."""
         return bytes([module.training for module in _modules(self.model)])
 
@@ -230,7 +240,7 @@ class Session:
         if batch not in layout.leading_sizes(args, kwargs):
             self._warn_unproven("no tensor input of the model has the batch as its leading dimension")
             return
-        modes = self._modes()
+        modes = self.modes()
         try:
             asked_all = layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
         except BatchLayoutError:
@@ -275,26 +285,40 @@ class Session:
             OptimizerError: nothing was backpropagated.
             EngineError: a gradient reached a parameter outside the converted layers, or the engine was detached.
         """
-        if self.ended:
-            raise EngineError("this private optimizer belongs to a detached engine: use that of the last make_private")
-        self._check_parameters()
+        self.check()
         batch = self.ledger.batch
         if batch is None or not self.ledger.dirty:
             raise OptimizerError(
                 "step() without a backward of the private model since the last step: nothing was backpropagated, or "
                 "the forward ran under torch.no_grad(), or the backward after `with engine.batch(B):` had ended"
             )
-        if not self._asked and self._modes() not in self._proven and "unproven" not in self._warned:
+        if not self._asked and self.modes() not in self._proven and "unproven" not in self._warned:
             self._prove_unseen(batch)
         silent = self.ledger.silent()
         if silent is not None:
             self._reach_checked = True
             self._warn_of_silent(silent)
         try:
-            self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
+            self.add_rows()
         except BaseException:  # also an interrupt: what may be half added is never added again
             self.abandon()
             raise
+        return self.end_batch()
+
+    def check(self) -> None:
+        """Refuse a step of a detached engine, and one on parameters that are not as they were attached."""
+        if self.ended:
+            raise EngineError("this private optimizer belongs to a detached engine: use that of the last make_private")
+        self._check_parameters()
+
+    def add_rows(self) -> None:
+        """Clip the rows of the open batch and add them to the sum of its draw."""
+        batch = self.ledger.batch
+        assert batch is not None
+        self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
+
+    def end_batch(self) -> bool:
+        """Use up the ticket of the batch whose rows were added; True when its draw is complete."""
         ticket, self.ticket = self.ticket, None
         self._declared = False
         if ticket is None:

@@ -87,7 +87,7 @@ class BiasLayer(nn.Module):
             raise EngineError(
                 f"layer {self.layer_name!r} of a private model ran a training forward outside a batch: call the "
                 "model itself on a batch of the private loader, or use `with engine.batch(B):`; "
-                "for evaluation use torch.no_grad()"
+                "for evaluation use torch.no_grad(); beside a captured step, close() it first"
             )
         return True
 
