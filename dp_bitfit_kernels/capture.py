@@ -84,8 +84,8 @@ def capture_step(optimizer: PrivateOptimizer, loss: Callable[..., Tensor]) -> Ca
             Python: what it does once, the replays repeat. No ``backward()``, no ``optimizer.step()``.
 
     Returns:
-        The step. Its first calls run eagerly: until two draws were released, and three batches at least. On a device
-        without graphs every call does, with the same results.
+        The step. Its first calls run eagerly: until two draws were released, and three batches at least; so does the
+        first batch of each shape. On a device without graphs every call does, with the same results.
 
     Raises:
         EngineError: the optimizer is not private, or physical batches have no fixed size.
@@ -123,7 +123,8 @@ class CapturedStep:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # The accumulations never run at the same time and leave nothing in it: they share their memory.
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._calls = 0
+        self._calls = 0  # that ran eagerly
+        self._warm: set[Any] = set()  # kinds of batches among them
         self._closed = False
         self._holds_ledger = False
         self._accumulations: dict[Any, _Accumulation] = {}
@@ -156,17 +157,15 @@ class CapturedStep:
         self._optimizer.check()
         self._session.check()
         key = self._key(args, kwargs)
-        if not self._accumulations and (self._calls < WARM_UP or not self._session.settled):
-            return self._eager(args, kwargs)
-        self._session.open_without_ticket(args, kwargs)
         flat = self._optimizer.flat_update()  # parameters that were moved from outside return to their place
         if self._accumulations and self._memory != self._addresses():
             self._drop_graphs()
         found = self._accumulations.get(key)
+        if found is None and not (key in self._warm and self._calls >= WARM_UP and self._session.settled):
+            self._warm.add(key)
+            return self._eager(args, kwargs)
+        self._session.open_without_ticket(args, kwargs)
         if found is None:
-            if not self._session.settled:  # training modes in which the layout is not proven yet
-                self._drop_graphs()
-                return self._eager(args, kwargs)
             found = self._capture(key, args, kwargs)
         else:
             for static, value in zip(found.inputs, layout.tensors_in((args, kwargs)), strict=True):
@@ -187,10 +186,8 @@ class CapturedStep:
             raise
         if flat is None:
             self._optimizer.update(self._released)
-        else:
-            if not flat.capturable:
-                flat.update(self._released)
-            flat.show()
+        elif not flat.capturable:
+            flat.update(self._released)
         return True
 
     def close(self) -> None:
@@ -200,15 +197,23 @@ class CapturedStep:
 
     def _eager(self, args: Any, kwargs: Any) -> bool:
         self._calls += 1
-        with self._beside():
-            args, kwargs = self._on_device((args, kwargs))
-            loss = self._function(*args, **kwargs)
-            self._keep(loss)
-            loss.backward()
-            return self._optimizer.step()
+        if self._holds_ledger:  # a new shape or mode beside graphs of others, whose rows stay where they are
+            self._session.open_without_ticket(args, kwargs)
+            self._ledger.captured = False
+            self._ledger.refill()
+        try:
+            with self._beside():
+                args, kwargs = self._on_device((args, kwargs))
+                loss = self._function(*args, **kwargs)
+                self._keep(loss)
+                loss.backward()
+                return self._optimizer.step()
+        finally:
+            self._ledger.captured = self._holds_ledger
 
     def _capture(self, key: Any, args: Any, kwargs: Any) -> _Accumulation:
         if len(self._accumulations) == MOST_SHAPES:
+            self._session.abandon()
             raise EngineError(
                 f"more than {MOST_SHAPES} shapes of batches came, and each has a graph of its own: pad the inputs to a "
                 "few lengths"
@@ -249,7 +254,7 @@ class CapturedStep:
             if inside is None:
                 self._released.copy_(noisy)
             else:
-                inside.update(noisy)
+                inside.update_in_graph(noisy)
 
         if self._release is not None and _unchanged(self._built_in, self._present(inside)):
             if inside is not None:
@@ -275,9 +280,6 @@ class CapturedStep:
         self._ledger.captured = self._holds_ledger = False
         if self._ledger.batch is not None:  # the batch that is open then goes on eagerly
             self._ledger.refill()
-        flat = self._optimizer.flat_update() if not self._session.ended else None
-        if flat is not None:
-            flat.end_capture()
 
     def _keep(self, loss: Tensor) -> None:
         if not isinstance(loss, Tensor) or loss.dim():

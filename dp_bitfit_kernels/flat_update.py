@@ -101,7 +101,7 @@ class FlatUpdate:
         self._shown = 0  # parameters with such views
         self._seen: tuple[int, ...] = ()  # identities of the state that the views are of
         self._generation = 0  # of the state's tensors
-        self.rates: list[Tensor] | None = None  # learning rates on the device, while a capture needs them there
+        self._rates: list[Tensor] = []  # of the groups, on the device, for captured updates
         self._move_in()
 
     @classmethod
@@ -138,22 +138,26 @@ class FlatUpdate:
         return followed
 
     def update(self, release: Tensor) -> None:
-        """Let the optimizer step on the release [P] float32: device work only, so that it can be captured."""
+        """Let the optimizer step on the release [P] float32."""
+        self._step(release, in_graph=False)
+        if self._identities() != self._seen:  # the optimizer made a state: the user's one gets views of it
+            self._show_state()
+
+    def update_in_graph(self, release: Tensor) -> None:
+        """The same, to be captured after ``prepare_capture``: device work only."""
+        self._step(release, in_graph=True)
+
+    def _step(self, release: Tensor, in_graph: bool) -> None:
         for run in self._runs:
             run.values.grad = release[run.start : run.stop].to(run.values.dtype)
         try:
-            with self._in_place_of_the_parameters():
+            with self._in_place_of_the_parameters(in_graph):
                 self._original.step()
         finally:
             for run in self._runs:
                 run.values.grad = None
         for copies, counter in self._spread:
             copies.copy_(counter)
-
-    def show(self) -> None:
-        """Put views of the state where the user's optimizer keeps it, after an update that made it anew."""
-        if self._identities() != self._seen:
-            self._show_state()
 
     def give_up(self) -> None:
         """Give each parameter memory and state of its own again."""
@@ -174,23 +178,20 @@ class FlatUpdate:
         return type(self._original) in _FUSED and self._runs[0].values.is_cuda
 
     def prepare_capture(self) -> None:
-        """Learning rates and counters onto the device; from now on the fused kernel reads them there."""
+        """Learning rates and counters onto the device, where a captured update reads them."""
         device = self._runs[0].values.device
-        self.rates = [torch.zeros((), device=device) for _ in self._original.param_groups]
+        self._rates = [torch.zeros((), device=device) for _ in self._original.param_groups]
         self.set_rates()
         for state in self._state.values():
             for key in _COUNTERS:
                 if isinstance(state.get(key), Tensor):
                     state[key] = state[key].to(device=device, dtype=torch.float32)
-        self.show()
-
-    def end_capture(self) -> None:
-        self.rates = None
+        if self._identities() != self._seen:
+            self._show_state()
 
     def set_rates(self) -> None:
         """Bring the rates that a scheduler set to the device; before each replay."""
-        assert self.rates is not None
-        for rate, group in zip(self.rates, self._original.param_groups, strict=True):
+        for rate, group in zip(self._rates, self._original.param_groups, strict=True):
             if isinstance(group["lr"], Tensor):
                 rate.copy_(group["lr"])
             else:
@@ -228,10 +229,10 @@ class FlatUpdate:
                     entry.parameter.data = self._piece(run, entry)
 
     @contextmanager
-    def _in_place_of_the_parameters(self) -> Iterator[None]:
+    def _in_place_of_the_parameters(self, in_graph: bool) -> Iterator[None]:
         original = self._original
         groups, state = original.param_groups, original.state
-        whole = [{**group, "params": [], **self._settings(i, group)} for i, group in enumerate(groups)]
+        whole = [{**group, "params": [], **self._settings(i, group, in_graph)} for i, group in enumerate(groups)]
         for run in self._runs:
             whole[run.group]["params"].append(run.values)
         original.param_groups, original.state = whole, self._state  # type: ignore[assignment]
@@ -240,10 +241,10 @@ class FlatUpdate:
         finally:
             original.param_groups, original.state = groups, state
 
-    def _settings(self, number: int, group: dict[str, Any]) -> dict[str, Any]:
-        if self.rates is not None:
+    def _settings(self, number: int, group: dict[str, Any], in_graph: bool) -> dict[str, Any]:
+        if in_graph:
             capturable = {"capturable": True} if "capturable" in group else {}
-            return {"lr": self.rates[number], "fused": True, "foreach": None, **capturable}
+            return {"lr": self._rates[number], "fused": True, "foreach": None, **capturable}
         chosen = group.get("fused") is not None or group.get("foreach") is not None
         if type(self._original) in _FUSED and self._runs[0].values.is_cuda and not chosen:
             return {"fused": True}

@@ -144,7 +144,6 @@ class PrivateOptimizer(Optimizer):
         flat = self.flat_update()
         if flat is not None:
             flat.update(release)
-            flat.show()
         else:
             self.update(release)
         return True

@@ -10,7 +10,7 @@ from attach import attach, flat, names_of, small_model
 from torch import nn
 
 import dp_bitfit_kernels as dpk
-from dp_bitfit_kernels import backends
+from dp_bitfit_kernels import backends, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,3 +105,89 @@ def test_a_step_after_the_first_waits_for_nothing(backend: str) -> None:
                 torch.cuda.set_sync_debug_mode("default")
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+PADDED = {"batch": 8, "sigma": 1.0, "bound": 0.5, "max_physical_batch_size": 4, "pad_physical_batches": True}
+
+
+class Dropped(nn.Module):
+    """Masks must be fresh at each replay, as they are in eager steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_model()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(F.dropout(x, 0.5, self.training))
+
+
+def run_padded(
+    backend: str, captured: bool, make: type = torch.optim.SGD, compiler: str | None = None, epochs: int = 4
+):
+    """Parameters after some epochs of seeded noise, losses, and the step."""
+    torch._dynamo.reset()
+    torch.cuda.manual_seed(0)
+    x, y = data(40)
+    model = dpk.convert_model(Dropped(), train_modules=("*5",), backend=backend).cuda()
+    engine = dpk.PrivacyEngine(unsafe_deterministic_seed=4)
+    engine, model, optimizer, loader = attach(model, x, y, engine=engine, optimizer=make, lr=0.05, **PADDED)
+    called = model if compiler is None else torch.compile(model, fullgraph=True, mode=compiler)
+    step = dpk.capture_step(optimizer, lambda x, y: F.cross_entropy(called(x), y))
+    losses = []
+    for _ in range(epochs):
+        for xs, ys in loader:
+            if captured:
+                step(xs, ys)
+                losses.append(step.loss.clone())
+            else:
+                loss = F.cross_entropy(called(xs.cuda()), ys.cuda())
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+    assert step.captured == captured
+    assert engine._session.noise_steps == engine.accountant.history.total_steps == epochs * len(loader)
+    return flat(model).cpu(), torch.stack(losses).cpu()
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_captured_step_equals_the_eager_one(backend: str, make: type) -> None:
+    (parameters, losses), (wanted, wanted_losses) = (run_padded(backend, c, make) for c in (True, False))
+    torch.testing.assert_close(losses, wanted_losses, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(parameters, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("compiler", ["default", "reduce-overhead"])
+def test_a_compiled_model_trains_as_the_eager_one(compiler: str) -> None:
+    """No break, and CUDA graphs of the compiler's own; masks differ, so only that it trains and stays finite."""
+    parameters, losses = run_padded("auto", False, compiler=compiler)
+    assert torch.isfinite(parameters).all() and torch.isfinite(losses).all()
+
+
+def test_a_compiled_model_is_captured() -> None:
+    parameters, losses = run_padded("auto", True, compiler="default")
+    assert torch.isfinite(parameters).all() and torch.isfinite(losses).all()
+
+
+def test_replays_draw_the_references_noise_and_wait_for_nothing(backend: str) -> None:
+    """Rows of zeros: the k-th release is z of step k. In replays every synchronisation of the host is an error."""
+    x, y = data(40)
+    options = {**PADDED, "bound": 1.0}
+    engine, model, optimizer, loader = attach(converted(backend), x, y, optimizer=torch.optim.SGD, lr=1.0, **options)
+    step = dpk.capture_step(optimizer, lambda x, y: (model(x) * 0.0).sum())
+    moved, inputs = [], (x[:4].cuda(), y[:4].cuda())
+    for epoch in range(4):
+        for _ in loader:
+            before = flat(model)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if epoch > 2 else "default")
+            try:
+                released = step(*inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            if released:
+                moved.append((before - flat(model)).cpu().double())
+    assert step.captured
+    key = engine._session.keys.key_tensor("cpu")
+    for number, change in enumerate(moved, 1):
+        z = reference.standard_normal(key, torch.tensor([number]), 0, 0, len(change))
+        torch.testing.assert_close(change, z / 8, rtol=0, atol=4e-6)
