@@ -5,6 +5,8 @@ PYTHON := $(VENV)/bin/python
 DEPENDENCIES := $(VENV)/.dependencies
 BUILT := $(VENV)/.built
 TEST_MODULE := build/native-tests/.built
+# The oldest Triton whose machine code is checked, beside that of the development environment.
+OLD_TRITON := build/triton-3.6.0
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
 # A lane without tests (pytest's exit status 5) is no failure.
@@ -33,6 +35,10 @@ $(TEST_MODULE): $(BUILT)
 	$(PYTHON) csrc/tests/native_internals.py
 	touch $@
 
+$(OLD_TRITON)/.installed: | $(DEPENDENCIES)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.6.0
+	touch $@
+
 demo: $(BUILT)
 	$(PYTHON) -m dp_bitfit_kernels.cli demo
 
@@ -43,8 +49,10 @@ lint: $(BUILT)
 
 # Test tensors are small: threads that wait for each other cost more than they give. Tests of threading set their own.
 test: export OMP_NUM_THREADS ?= 1
-test: lint $(TEST_MODULE)
+test: lint $(TEST_MODULE) $(OLD_TRITON)/.installed wheel
 	$(PYTHON) -m pytest python_tests -m "not gpu and not interpreter and not mutation"
+	PYTHONPATH=$(OLD_TRITON) $(PYTHON) -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
+	PYTHONPATH=$(OLD_TRITON) $(PYTHON) -m pytest python_tests/test_triton_compile.py
 	TRITON_INTERPRET=1 $(call pytest_lane,interpreter)
 	$(call pytest_lane,mutation)
 

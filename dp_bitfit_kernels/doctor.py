@@ -51,7 +51,11 @@ def examine() -> Iterator[Finding]:
         for name in backends.NAMES[1:]:
             yield _backend(name, device)
     if "cuda" not in devices:
-        yield Finding("native on cuda", f"not available: {backends.unavailable('native', 'cuda')}")
+        reason = backends.unavailable("native", "cuda")
+        state = (
+            "its kernels are loaded; there is no GPU to test them on" if reason is None else f"not available: {reason}"
+        )
+        yield Finding("native on cuda", state)
 
 
 def _backend(name: str, device: str) -> Finding:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from attach import attach, flat, small_model
+from recorded import Recorder
 from torch import Tensor, nn, optim
 
 import dp_bitfit_kernels as dpk
@@ -302,3 +304,41 @@ def test_parameters_of_half_precision() -> None:
         runs.append(flat(run.model))
     assert runs[0].dtype == torch.bfloat16
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("layers", [3, 40])
+def test_operations_of_a_step_do_not_grow_with_the_number_of_biases(layers: int) -> None:
+    """Clip, sum, noise with its scale: one operation each; one fused update; the rest are counters and zeroing."""
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers)), nn.Linear(6, 3))
+    dpk.convert_model(model)
+    engine, model, optimizer, _ = attach(
+        model, X, Y, optimizer=lambda ps, lr: optim.AdamW(ps, lr=lr, fused=True), sigma=1.0
+    )
+    steps: list[Any] = []
+    for step in range(3):
+        with engine.batch(12):
+            F.cross_entropy(model(X), Y).backward()
+            with Recorder(steps) if step == 2 else nullcontext():  # the first makes states and uploads the key
+                optimizer.step()
+    nothing = {
+        "_record_function_enter_new",
+        "_record_function_exit",
+        "detach",
+        "slice",
+        "view",
+        "alias",
+        "unsqueeze",
+        "expand",
+        "as_strided",
+    }
+    names = [func._schema.name.split("::")[1] for func, *_ in steps]
+    assert sorted(n for n in names if n not in nothing) == [
+        "_foreach_add_",  # Adam's counter
+        "_fused_adamw_",
+        "add_",  # the counter of the noise
+        "clip_factors",
+        "clipped_sum_",
+        "copy_",  # Adam's counter, to where the user's state has it
+        "noisy_sum",
+        "zero_",  # the sum, once it was released
+    ]
