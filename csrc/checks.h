@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -93,9 +94,13 @@ inline void check_rows_of(const char* op, const Tensor& rows, const Tensor& grad
 
 // The arguments of clip_factors; returns the number of groups.
 inline int64_t check_clip(const Tensor& rows, const Tensor& offsets, const Tensor& mask, const Tensor& bounds,
-                          const Tensor& grid, const std::optional<Tensor>& extra_squares) {
+                          const Tensor& grid, const std::optional<Tensor>& extra_squares, double scale,
+                          const std::optional<double>& gamma) {
   constexpr const char* op = "clip_factors";
   check_rows(op, rows);
+  check(std::isfinite(scale) && scale > 0.0, op, "scale must be finite and positive, not ", scale);
+  check(!gamma || (std::isfinite(*gamma) && *gamma > 0.0), op, "gamma must be finite and positive, not ",
+        gamma.value_or(0.0));
   const int64_t batch = rows.size(0);
   check_contiguous(op, "offsets", offsets, rows, ScalarType::Long, 1);
   check(offsets.numel() >= 2, op, "offsets must have at least two elements");

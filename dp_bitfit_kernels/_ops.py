@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._validate import check_one_device
+
 NAMESPACE = "dp_bitfit_kernels"
 
 SCHEMAS: dict[str, str] = {
@@ -45,7 +47,7 @@ def _bias_grad_fake(grad: Tensor) -> Tensor:
 
 
 def _bias_grad_into_fake(rows: Tensor, grad: Tensor) -> None:
-    return None
+    check_one_device("bias_grad_", rows, grad)
 
 
 def _clip_factors_fake(
@@ -58,21 +60,24 @@ def _clip_factors_fake(
     scale: float,
     gamma: float | None,
 ) -> tuple[Tensor, Tensor]:
+    check_one_device("clip_factors", rows, offsets, mask, bounds, grid, extra_squares)
     shape = (rows.shape[0], bounds.shape[0])
     return rows.new_empty(shape, dtype=torch.float64), rows.new_empty(shape, dtype=torch.float64)
 
 
 def _clipped_sum_fake(total: Tensor, rows: Tensor, offsets: Tensor, factors: Tensor) -> None:
-    return None
+    check_one_device("clipped_sum_", total, rows, offsets, factors)
 
 
 def _noisy_sum_fake(
     total: Tensor, key: Tensor, step: Tensor, stream: int, first: int, noise_std: float, scale: float
 ) -> Tensor:
+    check_one_device("noisy_sum", total, key, step)
     return total.new_empty(total.shape, dtype=torch.float32)
 
 
 def _random_words_fake(key: Tensor, step: Tensor, stream: int, first: int, count: int) -> Tensor:
+    check_one_device("random_words", key, step)
     return key.new_empty((count,), dtype=torch.int64)
 
 

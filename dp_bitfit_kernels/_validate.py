@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from torch import Tensor
+
 
 class DPBiTFiTError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -49,3 +53,17 @@ class BackendError(DPBiTFiTError):
 
 class OpError(DPBiTFiTError, ValueError):
     """An argument of an op has a wrong shape, dtype, device or value."""
+
+
+def check_clip_scales(scale: float, gamma: float | None) -> None:
+    """clip_factors multiplies by one and adds the other to a norm that may be 0."""
+    for name, value in (("scale", scale), ("gamma", 1.0 if gamma is None else gamma)):
+        if not (math.isfinite(value) and value > 0.0):
+            raise OpError(f"clip_factors: {name} must be finite and positive, got {value}")
+
+
+def check_one_device(op: str, *tensors: Tensor | None) -> None:
+    """All on the device of the first."""
+    for tensor in tensors:
+        if tensor is not None and tensors[0] is not None and tensor.device != tensors[0].device:
+            raise OpError(f"{op}: arguments are on {tensors[0].device} and on {tensor.device}: move them to one device")

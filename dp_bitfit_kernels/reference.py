@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._validate import OpError
+from ._validate import OpError, check_clip_scales, check_one_device
 
 _MASK32 = 0xFFFFFFFF
 _WORDS_PER_BLOCK = 8  # 64-bit words in one 64-byte ChaCha20 block
@@ -75,6 +75,7 @@ def bias_grad_(rows: Tensor, grad: Tensor) -> None:
     """``rows`` [B, p] += sum of ``grad`` [B, T, p] over T, in place."""
     if grad.dim() != 3 or rows.shape != (grad.shape[0], grad.shape[2]):
         raise OpError(f"bias_grad_: rows {tuple(rows.shape)} does not fit grad {tuple(grad.shape)}")
+    check_one_device("bias_grad_", rows, grad)
     rows.add_(bias_grad(grad))
 
 
@@ -106,6 +107,8 @@ def clip_factors(
     out, or any of whose norms is NaN or infinite, are exactly 0: selected, never multiplied.
     """
     groups = bounds.shape[0]
+    check_one_device("clip_factors", rows, offsets, mask, bounds, grid, extra_squares)
+    check_clip_scales(scale, gamma)
     _check_rows("clip_factors", rows, offsets, groups)
     batch = rows.shape[0]
     if mask.dtype != torch.bool or mask.shape != (batch,):
@@ -154,6 +157,7 @@ def clipped_sum_(total: Tensor, rows: Tensor, offsets: Tensor, factors: Tensor) 
     Guarantee: the sum is exact, so it does not depend on the order of the rows nor on how they are
     split over calls; a row whose factor is exactly 0 adds exactly 0, whatever it holds.
     """
+    check_one_device("clipped_sum_", total, rows, offsets, factors)
     _check_rows("clipped_sum_", rows, offsets, factors.shape[-1])
     if factors.dtype != torch.float64 or factors.shape != (rows.shape[0], offsets.shape[0] - 1):
         raise OpError(
@@ -181,6 +185,7 @@ def random_words(key: Tensor, step: Tensor, stream: int, first: int, count: int)
     Guarantee: a pure function of (key, step, stream, index); two different (step, stream, index) never
     share key-stream bytes, because the nonce holds step and stream whole and the counter cannot wrap.
     """
+    check_one_device("random_words", key, step)
     if key.dtype != torch.int32 or key.shape != (8,):
         raise OpError(f"random_words: key must be int32 [8], got {key.dtype} {tuple(key.shape)}")
     if step.dtype != torch.int64 or step.shape != (1,):
@@ -248,6 +253,7 @@ def noisy_sum(
     slack that ``noise.delta_slack`` bounds. Noise is a pure function of (key, step, stream, index).
     ``noise_std`` = 0 releases ``total`` itself.
     """
+    check_one_device("noisy_sum", total, key, step)
     if total.dtype != torch.int64 or total.dim() != 1:
         raise OpError(f"noisy_sum: total must be int64 [P], got {total.dtype} {tuple(total.shape)}")
     if not 0.0 <= noise_std <= _NOISE_STD_LIMIT:

@@ -308,6 +308,12 @@ BAD_CALLS = {
     "bounds of float32": ("clip_factors", ROWS, OFFSETS, MASK, ONE.float(), ONE, None, 1.0, None),
     "offsets too short": ("clip_factors", ROWS, OFFSETS[:1], MASK, ONE, ONE, None, 1.0, None),
     "extra squares [B]": ("clip_factors", ROWS, OFFSETS, MASK, ONE, ONE, ONE, 1.0, None),
+    "scale of 0": ("clip_factors", ROWS, OFFSETS, MASK, ONE, ONE, None, 0.0, None),
+    "scale of NaN": ("clip_factors", ROWS, OFFSETS, MASK, ONE, ONE, None, float("nan"), None),
+    "infinite scale": ("clip_factors", ROWS, OFFSETS, MASK, ONE, ONE, None, float("inf"), 0.01),
+    "gamma of 0": ("clip_factors", ROWS, OFFSETS, MASK, ONE, ONE, None, 1.0, 0.0),
+    "negative gamma": ("clip_factors", ROWS, OFFSETS, MASK, ONE, ONE, None, 1.0, -1.0),
+    "gamma of NaN": ("clip_factors", ROWS, OFFSETS, MASK, ONE, ONE, None, 1.0, float("nan")),
     "factors of float32": ("clipped_sum_", TOTAL, ROWS, OFFSETS, FACTORS.float()),
     "factors of one row": ("clipped_sum_", TOTAL, ROWS, OFFSETS, FACTORS[:1]),
     "total of int32": ("clipped_sum_", TOTAL.int(), ROWS, OFFSETS, FACTORS),
@@ -332,6 +338,54 @@ def test_bad_arguments_are_refused_by_the_op(lane: Lane, name: str, request: pyt
     op, *arguments = BAD_CALLS[name]
     with pytest.raises((RuntimeError, OpError), match=str(op)):
         lane(str(op), *arguments)
+
+
+GOOD_CALLS = {
+    "bias_grad_": (ROWS, GRAD),
+    "clip_factors": (ROWS, OFFSETS, MASK, ONE, ONE, FACTORS, 1.0, None),
+    "clipped_sum_": (TOTAL, ROWS, OFFSETS, FACTORS),
+    "noisy_sum": (TOTAL, KEY, STEP, 0, 0, 1.0, 1.0),
+    "random_words": (KEY, STEP, 0, 0, 1),
+}
+
+
+@pytest.mark.parametrize("op", GOOD_CALLS)
+def test_one_tensor_on_another_device_is_refused(lane: Lane, op: str, request: pytest.FixtureRequest) -> None:
+    """The meta device stands for any other; a result there would be silently nothing."""
+    if "cuda source" in request.node.callspec.id:
+        pytest.skip("checks are the ops', not the kernels'")
+    arguments, call = [lane.put(value) for value in GOOD_CALLS[op]], getattr(lane.ops, op)
+    call(*arguments)
+    for place, value in enumerate(arguments):
+        if isinstance(value, torch.Tensor):
+            changed = [*arguments[:place], value.to("meta"), *arguments[place + 1 :]]
+            with pytest.raises((RuntimeError, OpError), match=op):
+                call(*changed)
+
+
+# Layouts and dtypes that only kernels cannot take.
+TAKEN_BY_THE_REFERENCE = {
+    "grad of float64",
+    "rows of bfloat16",
+    "rows with column stride 2",
+    "rows that overlap",
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_CALLS.keys() - TAKEN_BY_THE_REFERENCE))
+def test_the_reference_refuses_the_same(name: str) -> None:
+    op, *arguments = BAD_CALLS[name]
+    with pytest.raises(OpError, match=str(op)):
+        getattr(reference, str(op))(*arguments)
+
+
+@pytest.mark.parametrize("op", GOOD_CALLS)
+def test_the_reference_refuses_other_devices(op: str) -> None:
+    for place, value in enumerate(GOOD_CALLS[op]):
+        if isinstance(value, torch.Tensor):
+            changed = [*GOOD_CALLS[op][:place], value.to("meta"), *GOOD_CALLS[op][place + 1 :]]
+            with pytest.raises(OpError, match=op):
+                getattr(reference, op)(*changed)
 
 
 @pytest.mark.gpu

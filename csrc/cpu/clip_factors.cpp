@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> clip_factors(const Tensor& rows, const Tensor& offset
                                         const Tensor& bounds, const Tensor& grid,
                                         const std::optional<Tensor>& extra_squares, double scale,
                                         const std::optional<double>& gamma) {
-  const int64_t groups = check_clip(rows, offsets, mask, bounds, grid, extra_squares);
+  const int64_t groups = check_clip(rows, offsets, mask, bounds, grid, extra_squares, scale, gamma);
   const int64_t batch = rows.size(0), columns = rows.size(1);
   check_offsets("clip_factors", offsets, columns);
 

@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> clip_factors(const Tensor& rows, const Tensor& offset
                                         const Tensor& bounds, const Tensor& grid,
                                         const std::optional<Tensor>& extra_squares, double scale,
                                         const std::optional<double>& gamma) {
-  const int64_t groups = check_clip(rows, offsets, mask, bounds, grid, extra_squares);
+  const int64_t groups = check_clip(rows, offsets, mask, bounds, grid, extra_squares, scale, gamma);
   const int64_t batch = rows.size(0);
   const Tensor factors = empty_beside(rows, {batch, groups}, ScalarType::Double);
   const Tensor norms = empty_beside(rows, {batch, groups}, ScalarType::Double);

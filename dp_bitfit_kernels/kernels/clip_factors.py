@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dp_bitfit_kernels._validate import check_clip_scales
 from dp_bitfit_kernels.kernels.checks import check_rows, check_tensor
 from dp_bitfit_kernels.kernels.plan import alignment, cdiv, on_device_of, pow2_up
 
@@ -175,6 +176,7 @@ def clip_factors(
     [B] is False or any of its norms is not finite.
     """
     check_rows("clip_factors", rows)
+    check_clip_scales(scale, gamma)
     batch, width = rows.shape
     groups = bounds.shape[0]
     check_tensor("clip_factors", "offsets", offsets, torch.int64, (groups + 1,), rows)
