@@ -98,7 +98,7 @@ def total_variation(sigma: float, dimension: int, steps: int) -> float:
     _check(sigma, dimension, steps)
     if sigma > 2.0**10:
         return 1.0
-    return min(1.0, _pairs(dimension, steps) * 2.0**-64 * sigma * _GRID)
+    return min(1.0, _pairs(dimension, steps) * 2.0**-76 * sigma * _GRID)
 
 
 def epsilon_slack(sigma: float, dimension: int, steps: int) -> float:
@@ -108,7 +108,7 @@ def epsilon_slack(sigma: float, dimension: int, steps: int) -> float:
         return 0.0
     pairs = _pairs(dimension, steps)
     excess = math.log(1024.0 / distance)  # ln(1 / delta_a), delta_a = distance / 1024
-    spread = pairs * 2.0**-93 * (sigma * _GRID) ** 2
+    spread = pairs * 2.0**-92 * (sigma * _GRID) ** 2
     # exp(-(m - 1) a + m n tau + m^2 n chi^2) = delta_a, at the best m that keeps m * x_max <= 1
     order = max(2.0, min(2.0**20 / sigma, math.sqrt(excess / spread)))
     return 2.0 * (excess + order * distance + order**2 * spread) / (order - 1.0)
@@ -119,37 +119,38 @@ def delta_slack(sigma: float, dimension: int, steps: int, epsilon: float = 8.0) 
 
     Let the ideal mechanism, ``steps`` releases of ``dimension`` coordinates S + floor(s z + 1/2) with
     s = sigma * 2^20 and exact independent z ~ N(0, 1), be (e, d)-DP for an e <= ``epsilon``. It is a rounding of
-    the Gaussian mechanism, whose accounting it inherits. Guarantee: with u1, u2 uniform 64-bit words (ChaCha20
+    the Gaussian mechanism, whose accounting it inherits. Guarantee: with u1 uniform of 76 and u2 of 52 bits (ChaCha20
     as an ideal cipher), the implemented mechanism is (e + 2 a, e^a d + delta_slack)-DP, 2 a = ``epsilon_slack``.
 
-    Derivation, per Box-Muller pair, n = steps * ceil((dimension + 1) / 2) of them. Couple u1 + 1 = ceil(2^64 U1),
-    u2 = floor(2^64 U2) with real uniforms U1, U2; r is the pair's radius, a cell a square of side w = 1 / s (one
-    pair of integers). Three errors move the edges of the cells:
+    Derivation, per Box-Muller pair, n = steps * ceil((dimension + 1) / 2) of them. Couple u1 + 1 = ceil(2^76 U1) and
+    u2, to the nearest, 2^52 U2 with real uniforms U1, U2; r is the pair's radius, a cell a square of side w = 1 / s
+    (one pair of integers). Four errors move the edges of the cells:
 
-    (1) rounding of ln, sqrt, sine, cosine and products: at most 2^-49 |z| (tests measure it; ``u2`` is finer);
-    (2) rounding of (u1 + 1) / 2^64 to float64: r by at most 1.5 * 2^-53 / r, and 2^-54 / r next to r = 0;
-    (3) the steps of u1: r by at most 2^-64 / (U1 r), U1 = exp(-r^2 / 2).
+    (1) rounding of ln, sqrt, sine, cosine and products: at most 2^-49 |z| (tests measure it);
+    (2) rounding of (u1 + 1) / 2^76, or from 3/4 on of its distance from 1, to float64, relative 2^-52: r by at most
+        1.75 * 2^-52 min(r, 1 / r);
+    (3) the steps of u1: r by at most 2^-76 / (U1 r), U1 = exp(-r^2 / 2);
+    (4) the steps of u2: along the circle, by at most pi * 2^-52 r.
 
-    For 2^-12.4 <= r <= 5.5 a cell's probability changes by a factor within 1 +- x, and adding up its four edges
-    x(r) <= s (2.83 * 2^-49 r + 4.3 * 2^-53 / r + 2.83 * 2^-64 e^(r^2 / 2) / r), the middle term a third of that next
-    to r = 0, so that x <= x_max = 2^-20 sigma and chi^2 = E x^2 <= 2^-93 s^2. Elsewhere count the probability tau that
-    the two fall into different cells:
+    For r <= 7.18 a cell's probability changes by a factor within 1 +- x, and adding up its four edges, none of which is
+    nearer to 0 than w / 2, x(r) <= s (4.6 * 2^-49 r + 2.83 * 2^-76 e^(r^2 / 2) / r), so that x <= x_max = 2^-20 sigma
+    and chi^2 = E x^2 <= 2^-92 s^2. For r > 7.18 count the probability tau that the two fall into different cells:
 
-    * r < 2^-12.4: error (2) crosses an edge with probability <= 1.27 s 2^-54 * 2^-12.4 <= 0.25 * 2^-64 s.
-    * r > 5.5, errors (1) and (2): E x <= 0.14 * 2^-64 s.
-    * r > 5.5, error (3): a cell's count of u1 is wrong by a sawtooth of the phase y = 2^64 exp(-r^2 / 2) averaged
+    * errors (1), (2) and (4): E x <= 0.03 * 2^-76 s.
+    * error (3): a cell's count of u1 is wrong by a sawtooth of the phase y = 2^76 exp(-r^2 / 2) averaged
       along its edges. An edge at polar angle phi sweeps w r |cos phi| y phases; integration by parts bounds its
       part by min(1/2, 0.3 / (w r |cos phi| y)). Summed over all edges up to the r2 where w r y = 1, trebled for the
-      strips in which (1) acts on a lattice, and beyond r2 by the mass exp(-r2^2 / 2) = 2^-64 s / r2 (which holds the
-      cut at r = 9.42): <= 0.48 * 2^-64 s. A model with short words shows less than half of what this formula gives.
+      strips in which (1), (2) and (4) act on a lattice, and beyond r2 by the mass exp(-r2^2 / 2) = 2^-76 s / r2 (which
+      holds the cut at r = 10.26): <= 0.49 * 2^-76 s. A model with short words shows less than half of what this formula
+      gives.
 
-    Together tau <= 2^-64 s for sigma <= 2^10 (above, 1 is returned); n tau is ``total_variation``. On the rest, the
+    Together tau <= 2^-76 s for sigma <= 2^10 (above, 1 is returned); n tau is ``total_variation``. On the rest, the
     log ratio L of the implemented to the ideal probability of a whole transcript (batches revealed, which can only
     help) has, for m x_max <= 1, ln E e^((m - 1) L) <= m n tau + m^2 n chi^2 in either direction; hence
     P(L > a) <= delta_a = n tau / 1024 for the a of ``epsilon_slack``. Going from the implemented to the ideal
     mechanism on D, over to D', and back again gives delta_slack = (1 + e^(epsilon + 2 a)) (n tau + delta_a).
 
-    The cut alone costs 2^-64 a pair; the rest of tau is the price of 64-bit words and falls with each further bit.
+    The cut alone costs 2^-76 a pair; the rest of tau is the price of u1's steps and falls with each further bit.
     """
     distance = total_variation(sigma, dimension, steps)
     exponent = epsilon + epsilon_slack(sigma, dimension, steps)

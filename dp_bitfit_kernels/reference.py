@@ -54,6 +54,7 @@ _COS = (
     2.08757232129817482790e-09,
     -1.13596475577881948265e-11,
 )
+_LOW_BITS = 2**12 - 1  # of an angle's word: they lengthen the radius's word
 _SQRT2 = math.sqrt(2.0)  # as float64: 0x3FF6A09E667F3BCD
 _PI_4 = math.pi / 4
 
@@ -275,33 +276,37 @@ def noisy_sum(
 def standard_normal(key: Tensor, step: Tensor, stream: int, first: int, count: int) -> Tensor:
     """Standard normals with global indices ``first`` to ``first + count - 1`` -> [count] float64.
 
-    Box-Muller on 64-bit uniforms in float64: |z| reaches sqrt(128 ln 2) = 9.42, and its relative error
-    against exact arithmetic on the same words is at most 2^-49 (see ``noise.delta_slack``).
+    Box-Muller in float64 on a uniform of 76 bits for the radius (a word and the 12 low bits of the next) and one of
+    52 bits for the angle (the rest of that): |z| reaches sqrt(152 ln 2) = 10.26. Errors: see ``noise.delta_slack``.
     """
     begin = first & ~1
     end = (first + count + 1) & ~1
     words = random_words(key, step, stream, begin, end - begin).view(-1, 2)
-    radius = (log_uniform(words[:, 0]) * -2.0).sqrt_()
+    radius = (log_uniform(words[:, 0], words[:, 1] & _LOW_BITS) * -2.0).sqrt_()
     sine, cosine = sin_cos(words[:, 1])
     pairs = torch.stack([radius * cosine, radius * sine], 1)  # [pairs, 2]: even index, odd index
     return pairs.view(-1)[first - begin : first - begin + count]
 
 
-def log_uniform(word: Tensor) -> Tensor:
-    """ln((word + 1) / 2^64) of unsigned 64-bit words given as int64 -> float64, in [-64 ln 2, 0].
+def log_uniform(word: Tensor, low: Tensor) -> Tensor:
+    """ln u of u = (2^12 word + low + 1) / 2^76 -> float64, in [-76 ln 2, 0].
 
+    ``word`` unsigned 64-bit words given as int64, ``low`` int64 in [0, 2^12). From u = 3/4 on the logarithm is that
+    of 1 - (1 - u): the distance from 1 keeps its relative precision, and with it the small radii theirs.
     One definition for all backends, without libm: fdlibm's e_log.c, each operation rounded once.
     """
-    low = (word & _MASK32).to(torch.float64)
-    high = ((word >> 32) & _MASK32).to(torch.float64)
-    value = (high * 2.0**32 + low + 1.0) * 2.0**-64
+    near = (word >> 62) == -1  # the two top bits are set
+    word = torch.where(near, ~word, word)
+    rest = torch.where(near, _LOW_BITS - low, low + 1).to(torch.float64)
+    whole = ((word >> 32) & _MASK32).to(torch.float64) * 2.0**32 + (word & _MASK32).to(torch.float64)
+    value = (whole + rest * 2.0**-12) * 2.0**-64  # u, or 1 - u where near
     bits = value.view(torch.int64)
-    exponent = (bits >> 52) - 1023  # value is positive and normal
+    exponent = (bits >> 52) - 1023
     mantissa = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).view(torch.float64)
     large = mantissa >= _SQRT2
     mantissa = torch.where(large, mantissa * 0.5, mantissa)
-    k = (exponent + large).to(torch.float64)
-    g = mantissa - 1.0
+    k = torch.where(near, 0.0, (exponent + large).to(torch.float64))
+    g = torch.where(near, -value, mantissa - 1.0)
     q = g / (g + 2.0)
     w = q * q
     series = w * _horner(w, _LOG)
@@ -310,12 +315,12 @@ def log_uniform(word: Tensor) -> Tensor:
 
 
 def sin_cos(word: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine and cosine of 2 pi word / 2^64 for unsigned 64-bit words given as int64 -> float64.
+    """Sine and cosine of 2 pi a / 2^52, a the upper 52 bits of unsigned 64-bit words given as int64 -> float64.
 
     The octant is cut from the word exactly; fdlibm's polynomials do the rest on [0, pi / 4].
     """
     octant = (word >> 61) & 7
-    fraction = word & (2**61 - 1)
+    fraction = word & (2**61 - 1 - _LOW_BITS)
     fraction = torch.where((octant & 1) == 1, 2**61 - fraction, fraction)
     x = (fraction.to(torch.float64) * 2.0**-61) * _PI_4
     z = x * x

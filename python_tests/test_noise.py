@@ -251,36 +251,39 @@ def test_resolution_bound_holds_where_it_can_be_counted(bits, std):
 
 
 def test_the_parts_of_tau_add_up_to_less_than_the_bound():
-    """The sums of the docstring, by numerical integration, in units of 2^-64 s."""
-    for sigma in (0.1, 1.0, 100.0, 1024.0):
+    """The sums of the docstring, by numerical integration, in units of 2^-76 s."""
+    # The edges' displacements (1), (2) and (4) as one, radial and tangential: each meets two edges of a cell twice.
+    assert 2 * math.sqrt(2) * (1 + 1.75 / 8 + math.pi / 8) <= 4.6
+    for sigma in (0.01, 0.1, 1.0, 100.0, 1024.0):
         s = sigma * 2**20
-        near_zero = 1.27 * s * 2.0**-54 * 2.0**-12.4
-        r = np.linspace(5.5, 10, 20001)
+        r = np.linspace(7.18, 11, 20001)
         density = r * np.exp(-(r**2) / 2)
-        tail = np.trapezoid(s * (2.83 * 2.0**-49 * r + 4.3 * 2.0**-53 / r) * density, r)
-        k = r / s * 2.0**64 * np.exp(-(r**2) / 2)
+        tail = np.trapezoid(s * 4.6 * 2.0**-49 * r * density, r)
+        assert tail <= 0.03 * 2.0**-76 * s
+        k = r / s * 2.0**76 * np.exp(-(r**2) / 2)
         inside = k >= 1
         share = np.where(inside, np.minimum(0.5, 0.3 * (1.52 + np.log(np.maximum(k, 1))) / np.maximum(k, 1)), 0)
-        lattice = 3 * 0.5 * 2.0**-64 * s * (8 / np.pi) * np.trapezoid(share, r)
+        lattice = 3 * 0.5 * 2.0**-76 * s * (8 / np.pi) * np.trapezoid(share, r)
         beyond = math.exp(-(r[inside][-1] ** 2) / 2)
-        total = near_zero + tail + lattice + beyond
-        assert total <= noise.total_variation(sigma, 1, 1), sigma
-        r = np.geomspace(2.0**-12.4, 5.5, 20001)
-        x = s * (2.83 * 2.0**-49 * r + 4.3 * 2.0**-53 / r + 2.83 * 2.0**-64 * np.exp(r**2 / 2) / r)
-        assert np.trapezoid(x**2 * r * np.exp(-(r**2) / 2), r) <= 2.0**-93 * s**2
-        assert x[r > 2.0**-10].max() <= 2.0**-20 * sigma
+        assert lattice + beyond <= 0.49 * 2.0**-76 * s
+        assert tail + lattice + beyond <= noise.total_variation(sigma, 1, 1), sigma
+        r = np.geomspace(0.5 / s, 7.18, 200001)
+        x = s * (4.6 * 2.0**-49 * r + 2.83 * 2.0**-76 * np.exp(r**2 / 2) / r)
+        assert np.trapezoid(x**2 * r * np.exp(-(r**2) / 2), r) <= 2.0**-92 * s**2
+        assert x.max() <= 2.0**-20 * sigma
 
 
 def test_delta_slack_is_small_monotone_and_bounded():
     base = noise.delta_slack(1.0, 20_000, 200, epsilon=3.0)
-    assert 0 < base < 1e-5
+    assert 0 < base < 1e-8
+    assert noise.delta_slack(1.0, 20_000, 200, epsilon=8.0) < 1e-6  # below the deltas in use
     assert noise.epsilon_slack(1.0, 20_000, 200) < 1e-3
     for more in ((2.0, 20_000, 200, 3.0), (1.0, 40_000, 200, 3.0), (1.0, 20_000, 400, 3.0), (1.0, 20_000, 200, 4.0)):
         assert noise.delta_slack(*more) > base
-    # never below the bare cut: P(r > 9.42) = 2^-64 a pair
-    assert noise.total_variation(1.0, 20_000, 200) > 2.0**-64 * 200 * 10_000
+    # never below the bare cut: P(r > 10.26) = 2^-76 a pair
+    assert noise.total_variation(1.0, 20_000, 200) > 2.0**-76 * 200 * 10_000
     assert noise.delta_slack(1.0, 0, 200) == 0.0 == noise.delta_slack(0.0, 10, 10)
-    assert noise.delta_slack(1e4, 10, 10) == 1.0 == noise.delta_slack(1.0, 10**9, 10**9)
+    assert noise.delta_slack(1e4, 10, 10) == 1.0 == noise.delta_slack(1.0, 10**9, 10**12)
     assert noise.delta_slack(1.0, 10, 10, epsilon=math.inf) == 1.0
     for bad in ((-1.0, 10, 10), (math.nan, 10, 10), (1.0, -1, 10), (1.0, 10, -1)):
         with pytest.raises(AccountingError):

@@ -1,8 +1,8 @@
-// Box-Muller in float64 on two 64-bit words: z = sqrt(-2 ln u) * cos or sin(2 pi angle). Multiply and add stay
-// apart (no contraction), and logarithm, sine and cosine are defined here by their polynomials (fdlibm's e_log.c,
-// k_sin.c, k_cos.c), so that every backend gives the same bits. Only square root and division are borrowed: IEEE
-// defines theirs. Worked example: words (2^64 - 1, 0) give ln 1 = 0 and so z = 0; a first word of 0 gives
-// z = sqrt(128 ln 2) = 9.42, the largest there is.
+// Box-Muller in float64 on two 64-bit words: z = sqrt(-2 ln u) * cos or sin(2 pi angle); u has 76 bits, the first word
+// and the 12 low bits of the second, the angle has the other 52. Multiply and add stay apart (no contraction), and
+// logarithm, sine and cosine are defined here by their polynomials (fdlibm's e_log.c, k_sin.c, k_cos.c), so that every
+// backend gives the same bits. Only square root and division are borrowed: IEEE defines theirs. Worked example: words
+// (2^64 - 1, 2^12 - 1) give ln 1 = 0 and so z = 0; words (0, 0) give z = sqrt(152 ln 2) = 10.26, the largest there is.
 
 // An integer below 2^32 in each 64-bit lane, as float64, exactly.
 DPK_INLINE vd small_to_double(vul value) { return as<vd>(vul(value | 0x4330000000000000u)) - 0x1p52; }
@@ -12,16 +12,22 @@ DPK_INLINE vd to_double(vul high, vul low) { return small_to_double(high) * 0x1p
 
 DPK_INLINE vd select(vl mask, vd yes, vd no) { return as<vd>(vl((mask & as<vl>(yes)) | (~mask & as<vl>(no)))); }
 
-// ln v for v in [2^-64, 1].
-DPK_INLINE vd natural_log(vd v) {
+// ln u for u = (2^12 word + low + 1) / 2^76, word = high * 2^32 + rest. From 3/4 on it is taken of 1 - (1 - u): the
+// distance from 1 keeps its relative precision, and with it the small radii theirs.
+DPK_INLINE vd log_uniform(vul high, vul rest, vul low) {
+  const vul near = vul{} - ((high >> 31) & (high >> 30) & 1u);
+  const vul flip = near & 0xffffffffu;
+  const vul tail = (near & (0xfffu - low)) | (~near & (low + 1u));
+  const vd v = (to_double(high ^ flip, rest ^ flip) + small_to_double(tail) * 0x1p-12) * 0x1p-64;
   const vul bits = as<vul>(v);
   vd mantissa = as<vd>(vul((bits & 0x000fffffffffffffu) | 0x3ff0000000000000u));  // [1, 2)
   vd exponent = small_to_double(bits >> 52) - 1023.0;
-  const vl high = mantissa >= splat(1.4142135623730951);
-  mantissa = select(high, mantissa * 0.5, mantissa);
-  exponent = select(high, exponent + 1.0, exponent);
+  const vl upper = mantissa >= splat(1.4142135623730951);
+  mantissa = select(upper, mantissa * 0.5, mantissa);
+  exponent = select(upper, exponent + 1.0, exponent);
 
-  const vd g = mantissa - 1.0;
+  exponent = select(as<vl>(near), splat(0.0), exponent);
+  const vd g = select(as<vl>(near), -v, mantissa - 1.0);
   const vd q = g / (g + 2.0);
   const vd w = q * q;
   const vd series =
@@ -36,11 +42,11 @@ DPK_INLINE vd natural_log(vd v) {
          ((h - (q * (h + series) + exponent * 1.90821492927058770002e-10)) - g);
 }
 
-// Sine and cosine of 2 pi u / 2^64 for the 64-bit word u = high * 2^32 + low: the top three bits are the octant, the
-// rest is the place in it, counted from its even edge.
+// Sine and cosine of 2 pi a / 2^52, a the upper 52 bits of the word high * 2^32 + low: the top three bits are the
+// octant, the rest is the place in it, counted from its even edge.
 DPK_INLINE void sine_cosine(vul high, vul low, vd& sine, vd& cosine) {
   const vul octant = high >> 29;
-  const vul place = ((high & 0x1fffffffu) << 32) | low;
+  const vul place = ((high & 0x1fffffffu) << 32) | (low & 0xfffff000u);
   const vul odd = vul{} - (octant & 1u);
   const vul folded = (odd & ((1ull << 61) - place)) | (~odd & place);
   const vd x = (to_double(folded >> 32, folded & 0xffffffffu) * 0x1p-61) * 0.78539816339744830962;
@@ -77,8 +83,7 @@ void normals(double* out, const ChaChaInput& input, uint64_t first_block, int64_
       for (int half = 0; half < W; half += D) {
         vul part[4];
         for (int i = 0; i < 4; ++i) part[i] = __builtin_convertvector(dpk_load<vud>(word[i] + half), vul);
-        const vd u = (to_double(part[1], part[0]) + 1.0) * 0x1p-64;
-        const vd square = natural_log(u) * -2.0;
+        const vd square = log_uniform(part[1], part[0], part[2] & 0xfffu) * -2.0;
         vd radius;
         for (int i = 0; i < D; ++i) radius[i] = __builtin_sqrt(square[i]);
         vd sine, cosine;

@@ -70,11 +70,16 @@ __device__ inline void chacha20(const StreamArguments& a, uint32_t number, uint6
   }
 }
 
-// ln((word + 1) / 2^64)
-__device__ inline double log_uniform(uint64_t word) {
+// ln u, 2^76 u = 2^12 word + the 12 low bits of the next word + 1. From 3/4 on it is taken of 1 - (1 - u): the distance
+// from 1 keeps its relative precision, and with it the small radii theirs.
+__device__ inline double log_uniform(uint64_t word, uint64_t next) {
+  const bool near = (word >> 62) == 3u;
+  if (near) word = ~word;
+  const auto low = static_cast<uint32_t>(next) & 0xfffu;
   const double high = static_cast<double>(static_cast<uint32_t>(word >> 32));
-  const double low = static_cast<double>(static_cast<uint32_t>(word));
-  const double value = (high * 0x1p32 + low + 1.0) * 0x1p-64;
+  const double rest = static_cast<double>(static_cast<uint32_t>(word));
+  const double tail = static_cast<double>(near ? 0xfffu - low : low + 1u);
+  const double value = (high * 0x1p32 + rest + tail * 0x1p-12) * 0x1p-64;
   const auto bits = static_cast<uint64_t>(__double_as_longlong(value));
   double mantissa = __longlong_as_double(static_cast<long long>((bits & 0x000fffffffffffffu) | 0x3ff0000000000000u));
   double exponent = static_cast<double>(static_cast<int>(bits >> 52) - 1023);
@@ -82,7 +87,8 @@ __device__ inline double log_uniform(uint64_t word) {
     mantissa = mantissa * 0.5;
     exponent = exponent + 1.0;
   }
-  const double g = mantissa - 1.0;
+  if (near) exponent = 0.0;
+  const double g = near ? -value : mantissa - 1.0;
   const double q = g / (g + 2.0);
   const double w = q * q;
   const double series =
@@ -97,11 +103,11 @@ __device__ inline double log_uniform(uint64_t word) {
          ((h - (q * (h + series) + exponent * 1.90821492927058770002e-10)) - g);
 }
 
-// Sine and cosine of 2 pi word / 2^64: the top three bits are the octant, the rest is the place in it, counted from
-// its even edge.
+// Sine and cosine of 2 pi a / 2^52, a the upper 52 bits of the word: the top three are the octant, the rest is the
+// place in it, counted from its even edge.
 __device__ inline void sine_cosine(uint64_t word, double& sine, double& cosine) {
   const auto octant = static_cast<uint32_t>(word >> 61);
-  const uint64_t place = word & 0x1fffffffffffffffu;
+  const uint64_t place = word & 0x1ffffffffffff000u;
   const uint64_t folded = octant & 1u ? (uint64_t{1} << 61) - place : place;
   const double x = (static_cast<double>(static_cast<int64_t>(folded)) * 0x1p-61) * 0.78539816339744830962;
   const double z = x * x;
@@ -148,7 +154,7 @@ __global__ void __launch_bounds__(kNoiseThreads) noisy_sum_kernel(const NoiseArg
         total[pair].value[i] = j >= 0 && j < a.stream.count ? a.total[j] : 0;
       }
     }
-    const double radius = sqrt(log_uniform(word[2 * pair]) * -2.0);
+    const double radius = sqrt(log_uniform(word[2 * pair], word[2 * pair + 1]) * -2.0);
     double sine, cosine;
     sine_cosine(word[2 * pair + 1], sine, cosine);
     const double z[2] = {radius * cosine, radius * sine};

@@ -18,6 +18,7 @@ from dp_bitfit_kernels.kernels.plan import alignment, on_device_of
 
 TWO_M61 = tl.constexpr(2.0**-61)
 TWO_M64 = tl.constexpr(2.0**-64)
+TWO_M12 = tl.constexpr(2.0**-12)
 SQRT_2_BITS = tl.constexpr(0x3FF6A09E667F3BCD)
 PI_4 = tl.constexpr(0.7853981633974483)
 # fdlibm e_log.c
@@ -46,16 +47,23 @@ C6 = tl.constexpr(-1.13596475577881948265e-11)
 
 
 @triton.jit
-def log_uniform(b_word):
-    """Natural logarithm of ``(word + 1) * 2^-64``, in [-64 ln 2, 0]: float64 from uint64."""
-    v = (b_word.to(tl.float64) + 1.0) * TWO_M64
+def log_uniform(b_word, b_next):
+    """Natural logarithm of u, 2^76 u = 2^12 word + low 12 bits of the next word + 1: float64 from uint64.
+
+    From 3/4 on by the distance 1 - u, so that small radii keep their relative precision.
+    """
+    near = (b_word >> 62) == 3
+    low = (b_next & 0xFFF).to(tl.int64)
+    rest = tl.where(near, 0xFFF - low, low + 1).to(tl.float64)
+    v = (tl.where(near, ~b_word, b_word).to(tl.float64) + rest * TWO_M12) * TWO_M64
     bits = v.to(tl.int64, bitcast=True)
     m_bits = (bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000
     upper = m_bits >= SQRT_2_BITS  # as integers: Triton 3.6 rounds the constant of a float comparison to float32
     m = m_bits.to(tl.float64, bitcast=True)
     m = tl.where(upper, m * 0.5, m)
     k = ((bits >> 52) - 1023 + upper.to(tl.int64)).to(tl.float64)
-    g = m - 1.0
+    k = tl.where(near, 0.0, k)
+    g = tl.where(near, -v, m - 1.0)
     q = g / (g + 2.0)
     w = q * q
     r = w * (L1 + w * (L2 + w * (L3 + w * (L4 + w * (L5 + w * (L6 + w * L7))))))
@@ -65,9 +73,9 @@ def log_uniform(b_word):
 
 @triton.jit
 def cos_sin_turn(b_word):
-    """Cosine and sine of ``2 pi * word / 2^64``, the octant taken off exactly: float64 from uint64."""
+    """Cosine and sine of ``2 pi * a / 2^52``, a the upper 52 bits, the octant off exactly: float64 from uint64."""
     octant = (b_word >> 61).to(tl.int32)
-    f = (b_word & 0x1FFFFFFFFFFFFFFF).to(tl.int64)
+    f = (b_word & 0x1FFFFFFFFFFFF000).to(tl.int64)
     f = tl.where((octant & 1) == 1, 0x2000000000000000 - f, f)
     x = (f.to(tl.float64) * TWO_M61) * PI_4
     z = x * x
@@ -104,7 +112,7 @@ def noisy_sum_kernel(
     i_block = tl.program_id(0).to(tl.int64) * BLOCK
     b_counter = (block.to(tl.int64) + i_block + tl.arange(0, BLOCK)).to(tl.uint32)
     b_even, b_odd = chacha_words(p_key, p_step, stream, b_counter)
-    b_radius = tl.sqrt(log_uniform(b_even) * -2.0)
+    b_radius = tl.sqrt(log_uniform(b_even, b_odd) * -2.0)
     b_cos, b_sin = cos_sin_turn(b_odd)
     b_normal = interleave_words(b_radius * b_cos, b_radius * b_sin, BLOCK)
 

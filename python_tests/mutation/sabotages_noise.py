@@ -17,8 +17,8 @@ NOISE = (
     Sabotage(
         "noise is halved",
         "session.py",
-        "STREAM_NOISE, 0, sigma * GRID, scale)",
-        "STREAM_NOISE, 0, sigma * GRID / 2, scale)",
+        "STREAM_NOISE, 0, noise_std, scale)",
+        "STREAM_NOISE, 0, noise_std / 2, scale)",
         (CANARY,),
     ),
     Sabotage(
@@ -80,15 +80,15 @@ NOISE = (
     Sabotage(
         "noise is that of one layer's bound",
         "session.py",
-        "STREAM_NOISE, 0, sigma * GRID, scale)",
-        "STREAM_NOISE, 0, sigma * GRID * ledger.plan.bounds[0] / ledger.plan.sensitivity, scale)",
+        "STREAM_NOISE, 0, noise_std, scale)",
+        "STREAM_NOISE, 0, noise_std * ledger.plan.bounds[0] / ledger.plan.sensitivity, scale)",
         (f"{AUDIT}::test_every_way_to_clip_and_reduce_shows_the_same",),
     ),
     Sabotage(
         "noise is three percent short",
         "session.py",
-        "STREAM_NOISE, 0, sigma * GRID, scale)",
-        "STREAM_NOISE, 0, sigma * GRID * 0.97, scale)",
+        "STREAM_NOISE, 0, noise_std, scale)",
+        "STREAM_NOISE, 0, noise_std * 0.97, scale)",
         (CANARY,),
     ),
     Sabotage(
@@ -115,8 +115,8 @@ NOISE = (
     Sabotage(
         "a sum of zero gets no noise",
         "session.py",
-        "STREAM_NOISE, 0, sigma * GRID, scale)",
-        "STREAM_NOISE, 0, sigma * GRID if ledger.total.any() else 0.0, scale)",
+        "STREAM_NOISE, 0, noise_std, scale)",
+        "STREAM_NOISE, 0, noise_std if ledger.total.any() else 0.0, scale)",
         (f"{GUARANTEES}::test_only_trained_parameters_move_and_all_of_them",),
     ),
     Sabotage(
@@ -129,7 +129,7 @@ NOISE = (
     Sabotage(
         "rows of the last batch stay in the ledger",
         "ledger.py",
-        "        else:\n            slab.rows.zero_()\n        slab.contributions.clear()",
+        "        elif not self.captured:\n            slab.rows.zero_()\n        slab.contributions.clear()",
         "        slab.contributions.clear()",
         (f"{RESUME}", f"{BAD}::test_breaking_out_of_a_draw_leaves_no_residue"),
     ),

@@ -37,7 +37,7 @@ SENSITIVITY = (
     Sabotage(
         "the ticket's mask is ignored",
         "ledger.py",
-        "slab.mask.copy_(mask)",
+        "slab.mask.copy_(mask, non_blocking=True)",
         "slab.mask.fill_(True)",
         (f"{RESUME}::test_empty_draw_without_noise_changes_nothing",),
     ),
@@ -72,22 +72,24 @@ SENSITIVITY = (
     Sabotage(
         "a private bias gets its raw gradient, too",
         "functional.py",
-        "            return grad, None, rows, None, None",
-        "            return grad, rows.sum(0).to(ctx.dtype).view(ctx.shape), rows, None, None",
+        "            return grad, None, bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend), None, None",
+        "            rows = bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend)\n"
+        "            return grad, rows.sum(0), rows, None, None",
         (ORACLE,),
+        also=(("layers/base.py", "bias = self.own_bias() if rows is None else None", "bias = self.own_bias()"),),
     ),
     Sabotage(
         "a raw gradient beside the ledger goes unnoticed",
         "session.py",
-        "        if raw:\n",
+        "        if any(parameter.grad is not None for parameter in parameters):\n",
         "        if False:\n",
         (f"{BAD}::test_bias_used_outside_its_layer_is_caught",),
     ),
     Sabotage(
         "create_graph empties the ledger",
         "functional.py",
-        "        if ctx.private:\n            _refuse_graph()\n",
-        "",
+        "            _refuse_graph()\n            return grad, None, bias_grad(",
+        "            return grad, None, bias_grad(",
         (f"{ENGINE}::test_create_graph_refused",),
     ),
     Sabotage(
@@ -100,7 +102,7 @@ SENSITIVITY = (
     Sabotage(
         "the layout is guessed from one batch",
         "session.py",
-        "        if self._modes() not in self._proven and not self._asked:\n",
+        "        if self.modes() not in self._proven and not self._asked:\n",
         "        if False:\n",
         (f"{ENGINE}::test_wrong_layout_refused_by_name",),
     ),
@@ -199,14 +201,15 @@ SENSITIVITY = (
     Sabotage(
         "a proof in evaluation holds for training",
         "session.py",
-        "return bytes(module.training for module in self.model.modules())",
+        "return bytes([module.training for module in _modules(self.model)])",
         "return b''",
         (f"{ATTACKS}::test_a_first_forward_in_evaluation_proves_nothing_for_training",),
     ),
     Sabotage(
         "zero_grad leaves earlier graphs alive",
         "ledger.py",
-        "            self._hand_out(slab)\n",
+        "            slab.rows.zero_()\n            slab.contributions.clear()\n            self._hand_out(slab)\n",
+        "            slab.rows.zero_()\n            slab.contributions.clear()\n"
         "            slab.clean_version = slab.rows._version\n",
         (f"{ATTACKS}::test_zero_grad_cuts_the_graphs_before_it",),
     ),
