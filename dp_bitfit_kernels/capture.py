@@ -6,31 +6,48 @@
 The host replays the first once for each physical batch of a draw, hence ceil(draw / capacity) times: no draw is cut
 short. It charges the accountant, then replays the second. The counter of the noise, the sum and the mask lie on the
 device, so that every replay of the release draws fresh noise.
+
+A graph repeats operations on memory and knows nothing of Python. So what it has built in is compared before each
+replay: the kind of the batch, the model's state (:func:`_fingerprint`), what the release depends on. Whatever has
+changed runs eagerly first, as a step without capture would, and is captured once it is the same again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import layout
 from ._validate import EngineError
 from .flat_update import FlatUpdate
+from .layers import BiasLayer
+from .layers.base import STATE
 from .optimizer import PrivateOptimizer
+from .session import modules_of
 
 # Physical batches that run eagerly before a capture, so that libraries have set themselves up; PyTorch asks for three.
 WARM_UP = 3
-# Shapes of batches (padded lengths, for example) that get a graph of their own.
-MOST_SHAPES = 8
+# Kinds of batches (shapes, plain values, training modes) that have a graph at one time.
+MOST_KINDS = 8
+
+_TOO_MANY = (
+    f"more than {MOST_KINDS} kinds of batches came to a captured step (shapes, plain values among the arguments, "
+    "training modes); each needs a graph of its own, and most steps run eagerly. Pad inputs to a few lengths, and pass "
+    "numbers that change as tensors"
+)
 
 
 class Graph(Protocol):
     """Work of the device that was recorded once and is replayed on the same memory."""
+
+    runs_python: bool  # at each replay
 
     def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None: ...
 
@@ -38,11 +55,19 @@ class Graph(Protocol):
 
 
 class _CudaGraph:
+    runs_python = False
+
     def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's pinning thread may allocate meanwhile, which is no part of the capture.
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            work()
+        before = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(before)
+        try:
+            # thread_local: the loader's pinning thread may allocate meanwhile, which is no part of the capture.
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                work()
+        except BaseException:
+            torch.cuda.set_stream(before)  # a capture that was broken off leaves its own stream behind
+            raise
 
     def replay(self) -> None:
         self._graph.replay()
@@ -50,6 +75,8 @@ class _CudaGraph:
 
 class _Repetition:
     """Where a device has no graphs, the work itself, each time."""
+
+    runs_python = True
 
     def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None:
         self.replay = work
@@ -80,12 +107,15 @@ def capture_step(optimizer: PrivateOptimizer, loss: Callable[..., Tensor]) -> Ca
         optimizer: of ``make_private``, with ``pad_physical_batches=True`` (or ``poisson_sampling=False``): a graph has
             one batch size.
         loss: takes what the step is called with, tensors moved to the model's device, and returns the loss (0-dim) of
-            the physical batch, reduced and scaled as ``make_private`` was told. It must not read values of tensors in
-            Python: what it does once, the replays repeat. No ``backward()``, no ``optimizer.step()``.
+            the physical batch, reduced and scaled as ``make_private`` was told. What it does once, the replays repeat.
+            So it, and a clipping function of your own, must not read values of tensors in Python, and what they use
+            beside the arguments and the model (class weights, a teacher) must stay the same tensors. Checkpointed
+            blocks need ``preserve_rng_state=False``. No ``backward()``, no ``optimizer.step()``.
 
     Returns:
-        The step. Its first calls run eagerly: until two draws were released, and three batches at least; so does the
-        first batch of each shape. On a device without graphs every call does, with the same results.
+        The step. Its first calls run eagerly: until two draws were released, and three batches at least; so do the
+        first batch of each kind (shapes, plain values among the arguments, training modes) and the first release after
+        a change. On a device without graphs every call does, with the same results.
 
     Raises:
         EngineError: the optimizer is not private, or physical batches have no fixed size.
@@ -96,9 +126,9 @@ def capture_step(optimizer: PrivateOptimizer, loss: Callable[..., Tensor]) -> Ca
 class CapturedStep:
     """See :func:`capture_step`.
 
-    Guarantees, given the same inputs as eager steps: the same integer sums, charges and noise; a release is charged
-    before its noise is drawn; a captured step never runs on parameters, a learning rate, a noise multiplier, a key or
-    training modes other than the present ones (what changed is captured anew).
+    Guarantees, given the same rows as eager steps: the same integer sums, charges and noise; a release is charged
+    before its noise is drawn; no replay runs on other parameters, buffers, training modes, numbers in module
+    attributes, learning rate, hyperparameters, noise multiplier or key than the present ones.
 
     Attributes:
         loss: the last physical batch's loss, 0-dim on the device, overwritten by the next call. It is raw: not private.
@@ -118,20 +148,24 @@ class CapturedStep:
         self.loss: Tensor | None = None
         self._optimizer, self._session, self._ledger = optimizer, session, session.ledger
         self._function = loss
+        self._graph: type[Graph] = GRAPHS.get(self._ledger.device.type, _Repetition)
+        self._calls = 0  # that ran eagerly
+        self._sizes: dict[Any, int] = {}  # physical rows of each kind of batch that ran eagerly
+        self._closed = False
+        self._warned = False
+        self._accumulations: dict[Any, _Accumulation] = {}  # least recently used first
+        self._fingerprint: list[Any] = []  # of the model, when the graphs were captured
+        self._release: Graph | None = None
+        self._built_in: tuple[Any, ...] | None = None  # into the release
+        self._last: tuple[Any, ...] | None = None  # what the last release depended on
+        self._released = torch.zeros(self._ledger.width, device=self._ledger.device)  # [P]
+        self._renew()
+
+    def _renew(self) -> None:
         device = self._ledger.device
-        self._graph: type[Graph] = GRAPHS.get(device.type, _Repetition)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # The accumulations never run at the same time and leave nothing in it: they share their memory.
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._calls = 0  # that ran eagerly
-        self._warm: set[Any] = set()  # kinds of batches among them
-        self._closed = False
-        self._holds_ledger = False
-        self._accumulations: dict[Any, _Accumulation] = {}
-        self._release: Graph | None = None
-        self._released = torch.zeros(self._ledger.width, device=device)  # [P]
-        self._memory: list[int] = []  # of parameters and buffers, when the graphs were captured
-        self._built_in: tuple[Any, ...] = ()  # into the release
 
     @property
     def captured(self) -> bool:
@@ -145,159 +179,187 @@ class CapturedStep:
             True when a release was made.
 
         Raises:
-            EngineError: the step was closed, the engine detached, gradients are switched off, or a batch of another
-                size came.
+            EngineError: the step was closed, the engine detached, gradients are switched off, a raw gradient reached a
+                parameter, or the step cannot be captured. The draw is dropped, nothing is released.
         """
         if self._closed:
             raise EngineError("this captured step was closed: call capture_step again")
-        if self._ledger.captured and not self._holds_ledger:
-            raise EngineError("another captured step runs on this model: close() it first")
         if not torch.is_grad_enabled():
             raise EngineError("a captured step trains: do not call it under torch.no_grad()")
         self._optimizer.check()
         self._session.check()
-        key = self._key(args, kwargs)
+        other = self._ledger.holder
+        if other is not None and other is not self:  # a step that was captured before, and is not called any more
+            other.drop_graphs()
         flat = self._optimizer.flat_update()  # parameters that were moved from outside return to their place
-        if self._accumulations and self._memory != self._addresses():
-            self._drop_graphs()
-        found = self._accumulations.get(key)
-        if found is None and not (key in self._warm and self._calls >= WARM_UP and self._session.settled):
-            self._warm.add(key)
-            return self._eager(args, kwargs)
-        self._session.open_without_ticket(args, kwargs)
-        if found is None:
-            found = self._capture(key, args, kwargs)
-        else:
-            for static, value in zip(found.inputs, layout.tensors_in((args, kwargs)), strict=True):
-                static.copy_(value, non_blocking=True)
+        fingerprint = _fingerprint(self._session.model, self._ledger.memory)
+        if self._accumulations and self._fingerprint != fingerprint:
+            self.drop_graphs()
+        key = self._kind(args, kwargs)
+        found = self._accumulations.pop(key, None)
+        if found is None and not (key in self._sizes and self._calls >= WARM_UP and self._session.settled):
+            return self._eager(key, args, kwargs)
+        self._session.open_without_ticket(self._sizes[key])
         try:
+            if found is None:
+                found = self._capture(args, kwargs)
+            else:
+                for static, value in zip(found.inputs, layout.tensors_in((args, kwargs)), strict=True):
+                    static.copy_(value, non_blocking=True)
+            self._accumulations[key] = found
             found.graph.replay()
-        except BaseException:
-            self._session.abandon()
-            raise
-        self._ledger.close()
-        if not self._session.end_batch():
-            return False
-        try:
+            if found.graph.runs_python:
+                self._session.check()
+            self._ledger.close()
+            if not self._session.end_batch():
+                return False
             self._session.charge()
-            self._release_graph(flat).replay()
-        except BaseException:  # no charge or no noise: the sum must not stay behind for the next release
+            self._release_and_update(flat)
+        except BaseException:  # what may be half done is never done again, nor released later
             self._session.abandon()
             raise
-        if flat is None:
-            self._optimizer.update(self._released)
-        elif not flat.capturable:
-            flat.update(self._released)
         return True
 
     def close(self) -> None:
         """Free the graphs and their memory; the model then trains eagerly again."""
-        self._drop_graphs()
+        self.drop_graphs()
         self._closed = True
 
-    def _eager(self, args: Any, kwargs: Any) -> bool:
+    def drop_graphs(self) -> None:
+        """Forget what was captured; the next calls capture anew."""
+        self._accumulations.clear()
+        self._release = self._built_in = None
+        if self._ledger.holder is self:
+            self._ledger.hold(None)
+            if self._ledger.batch is not None:  # the batch that is open then goes on eagerly
+                self._ledger.refill()
+
+    def _eager(self, key: Any, args: Any, kwargs: Any) -> bool:
         self._calls += 1
-        if self._holds_ledger:  # a new shape or mode beside graphs of others, whose rows stay where they are
-            self._session.open_without_ticket(args, kwargs)
-            self._ledger.captured = False
-            self._ledger.refill()
+        held = self._ledger.holder is self
+        if held:  # another kind beside graphs of others
+            self._ledger.hold(None)
+            if self._ledger.batch is not None:
+                self._ledger.refill()
         try:
+            self._session.drop_rows()  # of a call that was broken off
             with self._beside():
                 args, kwargs = self._on_device((args, kwargs))
-                loss = self._function(*args, **kwargs)
-                self._keep(loss)
+                loss = self._checked(self._function(*args, **kwargs))
                 loss.backward()
+                self._note_size(key)
                 return self._optimizer.step()
         finally:
-            self._ledger.captured = self._holds_ledger
+            self._last = None  # its release may have made a state of the optimizer
+            if held:
+                self._ledger.hold(self)
 
-    def _capture(self, key: Any, args: Any, kwargs: Any) -> _Accumulation:
-        if len(self._accumulations) == MOST_SHAPES:
-            self._session.abandon()
-            raise EngineError(
-                f"more than {MOST_SHAPES} shapes of batches came, and each has a graph of its own: pad the inputs to a "
-                "few lengths"
-            )
-        self._ledger.captured = self._holds_ledger = True
+    def _note_size(self, key: Any) -> None:
+        assert self._ledger.batch is not None
+        self._sizes[key] = self._ledger.batch
+        if len(self._sizes) > 4 * MOST_KINDS:
+            del self._sizes[next(iter(self._sizes))]
+            self._warn_of_kinds()
+
+    def _warn_of_kinds(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(_TOO_MANY, stacklevel=4)
+
+    def _capture(self, args: Any, kwargs: Any) -> _Accumulation:
+        if len(self._accumulations) >= MOST_KINDS:
+            del self._accumulations[next(iter(self._accumulations))]
+            self._warn_of_kinds()
+        self._ledger.hold(self)
         static = self._on_device((args, kwargs), copy=True)
+        step = weakref.proxy(self)  # a graph that repeats Python would else keep the step alive, and the step the graph
 
         def accumulate() -> None:
-            self._ledger.refill()
-            loss = self._function(*static[0], **static[1])
-            self._keep(loss)
+            step._ledger.refill()
+            loss = step._checked(step._function(*static[0], **static[1]))
             loss.backward()
-            self._session.add_rows()
+            step._session.add_rows()
 
+        graph = self._recorded(accumulate, self._pool)
         try:
-            self._wait()
-            graph = self._graph(accumulate, self._stream, self._pool)
+            self._session.check()  # the backward has run in Python: no raw gradient may have come of it
+        except EngineError:
+            self.drop_graphs()
+            raise
+        self._fingerprint = _fingerprint(self._session.model, self._ledger.memory)
+        return _Accumulation(list(layout.tensors_in(static)), graph)
+
+    def _recorded(self, work: Callable[[], None], pool: Any) -> Graph:
+        try:
+            return self._graph(work, self._stream, pool)
         except BaseException as error:
-            self._drop_graphs()
-            self._session.abandon()
+            self.drop_graphs()
+            self._renew()  # what a capture was broken off on is not used again
             if not isinstance(error, RuntimeError):
                 raise
             raise EngineError(
                 "the step cannot be captured; the draw was dropped and nothing was released. Mostly the loss function "
-                f"or the model reads a tensor's value in Python, or copies from the host: {error}"
+                "or the model reads a tensor's value in Python, copies from the host, or asks for a generator's state "
+                f"(checkpoint with preserve_rng_state=True): {error}"
             ) from error
-        # Capturing closed the batch without running anything: it is open as far as the replay is concerned.
-        found = self._accumulations[key] = _Accumulation(list(layout.tensors_in(static)), graph)
-        self._memory = self._addresses()
-        return found
 
-    def _release_graph(self, flat: FlatUpdate | None) -> Graph:
-        """The release, captured anew where what it has built in is not what holds now."""
+    def _release_and_update(self, flat: FlatUpdate | None) -> None:
+        """Replay the release; eagerly, where what it depends on is not what it was at the last one."""
         inside = flat if flat is not None and flat.capturable else None
+        present = self._present(inside)
+        if self._release is None or not _unchanged(self._built_in, present):
+            if not _unchanged(self._last, present):
+                self._optimizer.apply(self._session.noisy_sum(), flat)
+                self._last = self._present(inside)
+                self._release = self._built_in = None
+                return
+            self._capture_release(inside)
+        elif inside is not None:
+            inside.set_rates()
+        assert self._release is not None
+        self._release.replay()
+        self._optimizer.note_step()
+        if inside is None:
+            self._optimizer.apply(self._released, flat)
+        else:
+            inside.note_versions()
+
+    def _capture_release(self, inside: FlatUpdate | None) -> None:
+        step = weakref.proxy(self)
 
         def release() -> None:
-            noisy = self._session.noisy_sum()
+            noisy = step._session.noisy_sum()
             if inside is None:
-                self._released.copy_(noisy)
+                step._released.copy_(noisy)
             else:
                 inside.update_in_graph(noisy)
 
-        if self._release is not None and _unchanged(self._built_in, self._present(inside)):
-            if inside is not None:
-                inside.set_rates()
-            return self._release
         if inside is not None:
             inside.prepare_capture()
-        self._wait()
-        self._release = self._graph(release, self._stream, None)
-        self._built_in = self._present(inside)
-        return self._release
+        self._release = self._recorded(release, None)
+        self._built_in = self._last = self._present(inside)
 
     def _present(self, inside: FlatUpdate | None) -> tuple[Any, ...]:
         session = self._session
         key = session.keys.key_tensor(self._ledger.device)
         return session.noise_multiplier, key, inside, None if inside is None else inside.signature()
 
-    def _drop_graphs(self) -> None:
-        self._accumulations.clear()
-        self._release = None
-        if not self._holds_ledger:
-            return
-        self._ledger.captured = self._holds_ledger = False
-        if self._ledger.batch is not None:  # the batch that is open then goes on eagerly
-            self._ledger.refill()
-
-    def _keep(self, loss: Tensor) -> None:
+    def _checked(self, loss: Any) -> Tensor:
+        """The loss, kept for whoever logs it."""
         if not isinstance(loss, Tensor) or loss.dim():
-            raise EngineError(f"the loss function must return a loss without dimensions, got {_named(loss)}")
+            given = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise EngineError(f"the loss function must return a loss without dimensions, got {given}")
         value = loss.detach()
         if self.loss is None:
             self.loss = torch.zeros_like(value)
         self.loss.copy_(value)
+        return loss
 
-    def _key(self, args: Any, kwargs: Any) -> Any:
-        """What a graph has built in, beside memory: it serves calls that are alike in this."""
+    def _kind(self, args: Any, kwargs: Any) -> Any:
+        """What is built into a graph of the batch's kind; it serves calls that are alike in this."""
         device = self._ledger.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return self._session.modes(), autocast, _outline((args, kwargs))
-
-    def _addresses(self) -> list[int]:
-        model = self._session.model
-        return [tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors]
 
     def _on_device(self, value: Any, copy: bool = False) -> Any:
         device = self._ledger.device
@@ -309,23 +371,40 @@ class CapturedStep:
         if self._stream is None:
             yield
             return
-        self._wait()
-        with torch.cuda.stream(self._stream):
-            yield
-        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-
-    def _wait(self) -> None:
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-
-
-def _named(value: Any) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:  # also after an error: what is still running must not meet the next batch
+            current.wait_stream(self._stream)
 
 
-def _unchanged(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+def _fingerprint(model: nn.Module, memory: tuple[Any, ...]) -> list[Any]:
+    """What graphs have built in of the model: modules, hooks, the numbers among their attributes, where tensors lie.
+
+    Of a tensor: address, shape, strides, dtype, and whether it wants a gradient. Not the values, which are read anew.
+    """
+    found: list[Any] = [memory]
+    for module in modules_of(model):
+        own = module.__dict__
+        hooks = len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), len(own["_backward_hooks"])
+        found.append((id(module), type(module), hooks))
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for t in tensors.values():
+                if t is not None:
+                    found.append((t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad))
+        skipped = STATE if isinstance(module, BiasLayer) else ()
+        found += [v for k, v in own.items() if type(v) in _PLAIN and k not in skipped and k != "training"]
+    return found
+
+
+_PLAIN = frozenset((int, float, bool, str))
+
+
+def _unchanged(before: tuple[Any, ...] | None, after: tuple[Any, ...]) -> bool:
     """The same objects, or equal plain values."""
-    if len(before) != len(after):
+    if before is None:
         return False
     return all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(before, after, strict=True))
 

@@ -20,6 +20,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
@@ -98,9 +99,10 @@ class FlatUpdate:
         self._state: dict[nn.Parameter, dict[str, Any]] = defaultdict(dict)  # of whole runs
         self._views: Any = None  # what original.state was set to
         self._spread: list[tuple[Tensor, Tensor]] = []  # (copies [n], the run's own counter)
-        self._shown = 0  # parameters with such views
+        self._versions: list[int] = []  # of the copies
+        self._shown: list[Any] = []  # every value in it
         self._seen: tuple[int, ...] = ()  # identities of the state that the views are of
-        self._generation = 0  # of the state's tensors
+        self._generation = 0  # of the memory of parameters and state
         self._rates: list[Tensor] = []  # of the groups, on the device, for captured updates
         self._move_in()
 
@@ -129,7 +131,7 @@ class FlatUpdate:
             )
             if followed:
                 self._move_in()
-        if followed and (self._original.state is not self._views or len(self._views) != self._shown):
+        if followed and not self._as_shown():
             followed = self._join_state()
             if followed:
                 self._show_state()
@@ -158,6 +160,11 @@ class FlatUpdate:
                 run.values.grad = None
         for copies, counter in self._spread:
             copies.copy_(counter)
+        self.note_versions()
+
+    def note_versions(self) -> None:
+        """From here on, who writes to the counters that the user's state shows does so from outside."""
+        self._versions = [copies._version for copies, _ in self._spread]
 
     def give_up(self) -> None:
         """Give each parameter memory and state of its own again."""
@@ -216,17 +223,22 @@ class FlatUpdate:
             size = run.values.element_size()
             begin = run.values.data_ptr() - size * run.start
             for entry in run.entries:
-                if entry.parameter.data_ptr() != begin + size * entry.start:
+                parameter = entry.parameter
+                if parameter.data_ptr() != begin + size * entry.start or not parameter.is_contiguous():
                     return True
         return False
 
     def _move_in(self) -> None:
-        """The parameters' values into the runs' memory, and the parameters onto it."""
-        with torch.no_grad():
-            for run in self._runs:
-                run.values.copy_(torch.cat([entry.parameter.detach().flatten() for entry in run.entries]))
-                for entry in run.entries:
-                    entry.parameter.data = self._piece(run, entry)
+        """The parameters' values into one new tensor (the user may hold on to what was moved), and they onto it."""
+        for run in self._runs:
+            run.values.data = torch.cat([entry.parameter.detach().flatten() for entry in run.entries])
+        for run in self._runs:
+            for entry in run.entries:
+                # By way of DLPack, so that each has a storage of its own extent: who saves a parameter, or asks whether
+                # two share memory (safetensors), sees that one only.
+                piece = self._piece(run, entry)
+                entry.parameter.data = torch.utils.dlpack.from_dlpack(piece) if piece.numel() else piece
+        self._generation += 1
 
     @contextmanager
     def _in_place_of_the_parameters(self, in_graph: bool) -> Iterator[None]:
@@ -255,6 +267,7 @@ class FlatUpdate:
 
     def _show_state(self) -> None:
         views: Any = defaultdict(dict)
+        trained = {id(entry.parameter) for run in self._runs for entry in run.entries}
         self._spread = []
         for run in self._runs:
             for key, value in self._state.get(run.values, {}).items():
@@ -270,10 +283,23 @@ class FlatUpdate:
                         views[entry.parameter][key] = piece.view(entry.parameter.shape)
                     else:
                         views[entry.parameter][key] = value
+        for parameter, state in self._original.state.items():
+            if id(parameter) not in trained:  # of frozen parameters: none of our business
+                views[parameter] = state
         self._original.state = self._views = views
-        self._shown = len(views)
+        self._shown = [value for state in views.values() for value in state.values()]
+        self.note_versions()
         self._generation += 1
         self._seen = self._identities()
+
+    def _as_shown(self) -> bool:
+        """Whether the user's optimizer has the state that was put there, as it was put there."""
+        if self._original.state is not self._views:
+            return False
+        present = [value for state in self._views.values() for value in state.values()]
+        if len(present) != len(self._shown) or any(a is not b for a, b in zip(present, self._shown, strict=True)):
+            return False
+        return [copies._version for copies, _ in self._spread] == self._versions
 
     def _join_state(self) -> bool:
         """The state of the single parameters as that of the runs; False where it differs between neighbours."""

@@ -13,10 +13,11 @@ layer that never materialises its rows can be another.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ class Ledger:
         self._storage = torch.empty(0, dtype=torch.float32, device=self.device)
         self._slab: _Slab | None = None
         self._open = False
-        self.captured = False  # by a CUDA graph, which knows the memory of the rows: they stay where they are
+        self._holder: weakref.ref[Any] | None = None
         self._reached: set[int] | None = None  # numbers of the entries that a watched batch has reached
         self.opened = 0  # batches so far
         self.layers = [m for m in model.modules() if isinstance(m, BiasLayer)]
@@ -179,14 +180,10 @@ class Ledger:
         """
         self.close()
         slab = self._slab
-        if self.captured and (slab is None or slab.rows.shape[0] != batch):
-            raise EngineError(
-                f"a batch of {batch} samples came, and the captured step is of another size: give it batches of one "
-                "size (drop_last=True), or close() it"
-            )
+        refilled_later = self.holder is not None and slab is not None and slab.rows.shape[0] == batch
         if slab is None or slab.rows.shape[0] != batch:
             slab = self._slab = self._allocate(batch)
-        elif not self.captured:
+        elif not refilled_later:
             slab.rows.zero_()
         slab.contributions.clear()
         if mask is None:
@@ -194,10 +191,24 @@ class Ledger:
         else:
             slab.mask.copy_(mask, non_blocking=True)  # the host does not wait; what it wrote is taken at once
         self._open = True
-        if self.captured:
+        if refilled_later:
             slab.clean_version = slab.rows._version
         else:
             self._hand_out(slab)
+
+    @property
+    def holder(self) -> Any:
+        """The captured step that opens batches by ``refill``, inside its own work; None: ``open`` does it all."""
+        return None if self._holder is None else self._holder()
+
+    def hold(self, holder: Any) -> None:
+        self._holder = None if holder is None else weakref.ref(holder)
+
+    @property
+    def memory(self) -> tuple[Any, ...]:
+        """Where the rows and the mask of the present physical size lie."""
+        slab = self._slab
+        return () if slab is None else (slab.rows.data_ptr(), slab.rows.shape, slab.mask.data_ptr())
 
     def refill(self) -> None:
         """Zero the rows of the open batch and hand out their leaves: what ``open`` leaves to a captured step."""

@@ -65,7 +65,7 @@ class PrivateOptimizer(Optimizer):
         self._session = session
         self._flat = flat
         self._max_grad_norm = max_grad_norm
-        self._held = [id(p) for group in original.param_groups for p in group["params"]]
+        self._held = [[id(p) for p in group["params"]] for group in original.param_groups]
         # Hooks registered here run when the original steps: on releases.
         self._optimizer_step_pre_hooks = original._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = original._optimizer_step_post_hooks
@@ -141,16 +141,12 @@ class PrivateOptimizer(Optimizer):
         except BaseException:  # no charge or no noise: the sum must not stay behind for the next release
             self._session.abandon()
             raise
-        flat = self.flat_update()
-        if flat is not None:
-            flat.update(release)
-        else:
-            self.update(release)
+        self.apply(release, self.flat_update())
         return True
 
     def check(self) -> None:
         """Refuse to step on other parameters than those of make_private."""
-        if [id(p) for group in self.param_groups for p in group["params"]] != self._held:
+        if [[id(p) for p in group["params"]] for group in self.param_groups] != self._held:
             raise OptimizerError(
                 "the parameters of the optimizer changed after make_private: what was added would be trained on raw "
                 "gradients of private data; make_private again with a new optimizer"
@@ -166,8 +162,18 @@ class PrivateOptimizer(Optimizer):
             self._flat = None
         return self._flat
 
-    def update(self, release: torch.Tensor) -> None:
-        """The original optimizer's step on the release [P] float32, parameter by parameter."""
+    def apply(self, release: torch.Tensor, flat: FlatUpdate | None) -> None:
+        """The original optimizer's step on the release [P] float32: of all parameters as one, or one by one."""
+        if flat is not None:
+            flat.update(release)
+        else:
+            self._update_each(release)
+
+    def note_step(self) -> None:
+        """What a learning rate scheduler looks for: that a step was made, here by a graph."""
+        self._opt_called = True
+
+    def _update_each(self, release: torch.Tensor) -> None:
         entries = self._session.ledger.entries
         try:
             for entry in entries:

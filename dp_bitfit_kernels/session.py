@@ -20,7 +20,7 @@ from .sampling import Ticket
 _EVALUATION = "for evaluation use torch.no_grad()"
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
+def modules_of(model: nn.Module) -> list[nn.Module]:
     """Every module once, breadth first: what ``model.modules()`` gives, in a third of the time. Asked twice a step."""
     found, seen = [model], {model}
     for module in found:  # grows while it is read
@@ -218,7 +218,8 @@ class Session:
                 f"(found {sorted(layout.leading_sizes(args, kwargs))}); {_EVALUATION}"
             )
         self._forwards += 1
-        if self.modes() not in self._proven and not self._asked:
+        # A captured step runs what was asked before, and a capture may not wait for an answer.
+        if self.modes() not in self._proven and not self._asked and self.ledger.holder is None:
             self._prove(args, kwargs, batch)
 
     @property
@@ -226,14 +227,16 @@ class Session:
         """Whether eager steps have asked all that they ask of a model in its present modes."""
         return self.releases >= 2 and ("unproven" in self._warned or self.modes() in self._proven)
 
-    def open_without_ticket(self, args: Any, kwargs: Any) -> None:
-        """Open a batch for inputs that came without a ticket, unless one is open."""
+    def open_without_ticket(self, batch: int) -> None:
+        """Open a batch of so many samples, unless one is open; that one must be as large."""
         if self.ledger.batch is None:
-            self._open_without_ticket(layout.batch_of(args, kwargs))
+            self._open_without_ticket(batch)
+        elif self.ledger.batch != batch:
+            raise BatchLayoutError(f"a batch of {batch} samples, but the open one has {self.ledger.batch}")
 
     def modes(self) -> bytes:
         """A model may mix samples, or write a buffer, in training mode only: each combination is proven by itself."""
-        return bytes([module.training for module in _modules(self.model)])
+        return bytes([module.training for module in modules_of(self.model)])
 
     def _prove(self, args: Any, kwargs: Any, batch: int) -> None:
         self._asked = True
@@ -338,7 +341,7 @@ class Session:
             )
 
     def _check_parameters(self) -> None:
-        parameters = [p for m in _modules(self.model) for p in m._parameters.values() if p is not None]
+        parameters = [p for m in modules_of(self.model) for p in m._parameters.values() if p is not None]
         held = {id(parameter) for parameter in parameters}
         gone = [entry.name for entry in self.ledger.entries if id(entry.parameter) not in held]
         if gone:

@@ -52,6 +52,7 @@ class RecordedGraph:
     """Replays what ``work`` did. As under capture, the first run must leave no trace: memory is put back after it."""
 
     captures = 0
+    runs_python = False
 
     def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None:
         type(self).captures += 1

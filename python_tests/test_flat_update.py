@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -64,7 +65,8 @@ class Run:
 
     @property
     def together(self) -> bool:
-        return len({p.untyped_storage().data_ptr() for p in self.model.parameters() if p.requires_grad}) == 1
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return all(b.data_ptr() - a.data_ptr() == a.numel() * a.element_size() for a, b in pairwise(trained))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -222,6 +224,82 @@ def test_parameters_moved_from_outside_are_followed() -> None:
     assert torch.equal(flat(run.model), flat(other.model))
 
 
+EDITS: dict[str, Callable[[Any, list[nn.Parameter]], object]] = {
+    "each state replaced": lambda state, ps: [state.__setitem__(p, {}) for p in ps],
+    "each state cleared": lambda state, ps: [state[p].clear() for p in ps],
+    "one state cleared": lambda state, ps: state[ps[0]].clear(),
+    "a moment replaced": lambda state, ps: state[ps[1]].__setitem__("exp_avg", torch.ones_like(ps[1])),
+    "a moment edited": lambda state, ps: state[ps[1]]["exp_avg"].mul_(2.0),
+    "counters edited": lambda state, ps: [state[p]["step"].zero_() for p in ps],
+    "one counter edited": lambda state, ps: state[ps[0]]["step"].fill_(50.0),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_of_the_state_are_taken_up(name: str) -> None:
+    run, other = Run(OPTIMIZERS["adamw"]), Run(OPTIMIZERS["adamw"], apart=True)
+    for each in (run, other):
+        each.step(2)
+        EDITS[name](each.original.state, each.original.param_groups[0]["params"])
+        each.step(2)
+    assert torch.equal(flat(run.model), flat(other.model))
+    assert same(run.original.state_dict(), other.original.state_dict())
+
+
+def test_memory_that_the_user_holds_is_not_written_to() -> None:
+    """A trial step and its undoing: what was put aside comes back."""
+    run, other = Run(OPTIMIZERS["sgd"]), Run(OPTIMIZERS["sgd"], apart=True)
+    for each in (run, other):
+        each.step()
+        trained = [p for p in each.model.parameters() if p.requires_grad]
+        kept = [p.data for p in trained]
+        for p in trained:
+            p.data = p.data.clone()
+        each.step()
+        for p, before in zip(trained, kept, strict=True):
+            p.data = before
+        each.step()
+    assert torch.equal(flat(run.model), flat(other.model))
+
+
+def test_parameters_exchanged_between_groups_and_turned_ones() -> None:
+    def make(parameters: list[nn.Parameter]) -> optim.Optimizer:
+        return optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.5}], lr=0.1)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Tanh(), nn.Linear(6, 6)]
+        return nn.Sequential(*layers)
+
+    runs = [Run(make, apart=apart, model=model()) for apart in (False, True)]
+    for each in runs:
+        a, b = each.model[0].bias, each.model[2].bias  # of one group and of the other
+        each.step()
+        a.data, b.data = b.data, a.data
+        each.step()
+        head = each.model[5].weight  # trained whole
+        head.data = head.data.t().contiguous().t()
+        each.step()
+    assert isinstance(runs[0].optimizer.flat_update(), FlatUpdate)
+    assert torch.equal(flat(runs[0].model), flat(runs[1].model))
+
+
+def test_parameters_moved_between_groups_are_refused() -> None:
+    run = Run(lambda ps: optim.SGD([{"params": ps[:2]}, {"params": ps[2:], "lr": 0.5}], lr=0.1))
+    first, second = run.original.param_groups
+    second["params"].insert(0, first["params"].pop())
+    with pytest.raises(dpk.OptimizerError, match="changed after make_private"):
+        run.step()
+
+
+def test_states_of_frozen_parameters_stay() -> None:
+    model = dpk.convert_model(small_model())
+    original = optim.Adagrad(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="frozen parameter"):
+        attach(model, X, Y, optimizer=lambda params, lr: original)
+    assert len(original.state) == len(original.param_groups[0]["params"]) == 8
+
+
 def test_a_hook_of_the_optimizer_sees_parameters_and_gradients() -> None:
     run = Run(OPTIMIZERS["adamw"])
     run.step()
@@ -269,6 +347,20 @@ def test_saved_and_copied_models_are_ordinary() -> None:
         flat(twin), torch.cat([dict(fresh.named_parameters())[n].flatten() for n in trained_names(twin)])
     )
     assert not torch.equal(flat(twin), flat(run.model))
+
+
+def test_each_parameter_is_saved_with_its_own_extent(tmp_path: Any) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    run = Run(OPTIMIZERS["sgd"])
+    run.step()
+    buffer = io.BytesIO()
+    torch.save(run.model[0].bias, buffer)
+    assert buffer.tell() < 3000
+    assert all(p.untyped_storage().nbytes() == 4 * p.numel() for p in run.model.parameters())
+    safetensors.save_model(run.model, str(tmp_path / "model.safetensors"))
+    fresh = small_model()
+    safetensors.load_model(fresh, str(tmp_path / "model.safetensors"))
+    assert same(dict(fresh.state_dict()), {k: v.detach() for k, v in run.model.state_dict().items()})
 
 
 def trained_names(model: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from ..functional import BiasGradFunction, apply
 
 # Everything that a conversion or an engine sets on an instance; removed by restore_layer, never copied or pickled
 # beyond the first two.
-_STATE = ("trained", "backend", "layer_name", "attachment", "bias_rows", "weight_rows", "ran_in", "trained_before")
+STATE = ("trained", "backend", "layer_name", "attachment", "bias_rows", "weight_rows", "ran_in", "trained_before")
 _KEPT = ("trained", "backend", "layer_name")
 
 
@@ -112,7 +112,7 @@ class BiasLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles are unattached: per-sample gradients never travel with a model.
-        state = {k: v for k, v in self.__dict__.items() if k not in _STATE or k in _KEPT}
+        state = {k: v for k, v in self.__dict__.items() if k not in STATE or k in _KEPT}
         return _rebuild, (self.converted_from,), state
 
 
@@ -208,6 +208,6 @@ def convert_layer(module: nn.Module, kind: LayerKind) -> None:
 def restore_layer(module: nn.Module) -> None:
     """Give ``module`` its own class back and remove what conversion set on it."""
     if isinstance(module, BiasLayer):
-        for name in _STATE:
+        for name in STATE:
             module.__dict__.pop(name, None)
         module.__class__ = module.converted_from  # type: ignore[assignment]

@@ -18,8 +18,8 @@ CAPTURED = (
     Sabotage(
         "a captured step is charged after its release",
         "capture.py",
-        "            self._session.charge()\n            self._release_graph(flat).replay()\n",
-        "            self._release_graph(flat).replay()\n            self._session.charge()\n",
+        "            self._session.charge()\n            self._release_and_update(flat)\n",
+        "            self._release_and_update(flat)\n            self._session.charge()\n",
         (f"{CAPTURE}::test_a_failing_charge_releases_nothing",),
     ),
     Sabotage(
@@ -40,7 +40,7 @@ CAPTURED = (
         "pads count in a captured step",
         "ledger.py",
         "            slab.mask.copy_(mask, non_blocking=True)",
-        "            slab.mask.copy_(mask | self.captured)",
+        "            slab.mask.copy_(mask | refilled_later)",
         (EAGER,),
     ),
     Sabotage(
@@ -67,14 +67,14 @@ CAPTURED = (
     Sabotage(
         "a captured step runs on memory that was left",
         "capture.py",
-        "        if self._accumulations and self._memory != self._addresses():\n",
+        "        if self._accumulations and self._fingerprint != fingerprint:\n",
         "        if False:\n",
         (f"{CAPTURE}::test_memory_that_moved_is_followed",),
     ),
     Sabotage(
         "the sum of a failed release stays for the next",
         "capture.py",
-        "        except BaseException:  # no charge or no noise: the sum must not stay behind for the next release\n"
+        "        except BaseException:  # what may be half done is never done again, nor released later\n"
         "            self._session.abandon()\n",
         "        except BaseException:\n",
         (f"{CAPTURE}::test_a_failing_charge_releases_nothing",),
@@ -92,5 +92,26 @@ CAPTURED = (
         "            copies.copy_(counter)\n",
         "            pass\n",
         (f"{FLAT}::test_equals_the_update_of_each_parameter_bit_for_bit",),
+    ),
+    Sabotage(
+        "a raw gradient of the captured backward goes unnoticed",
+        "capture.py",
+        "            self._session.check()  # the backward has run in Python: no raw gradient may have come of it\n",
+        "            pass\n",
+        (f"{CAPTURE}::test_a_parameter_that_was_unfrozen_gets_no_raw_gradient",),
+    ),
+    Sabotage(
+        "a raw gradient of a repeated backward goes unnoticed",
+        "capture.py",
+        "            if found.graph.runs_python:\n                self._session.check()\n",
+        "",
+        (f"{CAPTURE}::test_a_parameter_that_was_unfrozen_gets_no_raw_gradient",),
+    ),
+    Sabotage(
+        "what has just changed is built into the release",
+        "capture.py",
+        "            if not _unchanged(self._last, present):\n",
+        "            if False:\n",
+        (f"{CAPTURE}::test_a_state_that_is_not_there_yet_is_not_built_into_the_release",),
     ),
 )

@@ -129,7 +129,7 @@ NOISE = (
     Sabotage(
         "rows of the last batch stay in the ledger",
         "ledger.py",
-        "        elif not self.captured:\n            slab.rows.zero_()\n        slab.contributions.clear()",
+        "        elif not refilled_later:\n            slab.rows.zero_()\n        slab.contributions.clear()",
         "        slab.contributions.clear()",
         (f"{RESUME}", f"{BAD}::test_breaking_out_of_a_draw_leaves_no_residue"),
     ),
