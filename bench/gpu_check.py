@@ -33,10 +33,10 @@ from bench.environment import environment  # noqa: E402
 GPU_TESTS = ["python_tests/test_ops.py", "python_tests/test_gpu_step.py"]
 # name -> (seconds it may take, what it runs)
 PARTS: dict[str, tuple[int, list[str]]] = {
-    "build": (110, []),
-    "tests": (150, ["-m", "pytest", *GPU_TESTS, "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20"]),
-    "kernels": (100, ["-m", "bench.bench_gpu_kernels"]),
-    "step": (175, ["-m", "bench.bench_gpu_step"]),
+    "build": (90, []),
+    "tests": (190, ["-m", "pytest", *GPU_TESTS, "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20"]),
+    "kernels": (90, ["-m", "bench.bench_gpu_kernels"]),
+    "step": (165, ["-m", "bench.bench_gpu_step"]),
 }
 
 

@@ -191,3 +191,25 @@ def test_replays_draw_the_references_noise_and_wait_for_nothing(backend: str) ->
     for number, change in enumerate(moved, 1):
         z = reference.standard_normal(key, torch.tensor([number]), 0, 0, len(change))
         torch.testing.assert_close(change, z / 8, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("layers", [3, 40])
+def test_a_step_is_few_launches_however_many_biases_there_are(backend: str, layers: int) -> None:
+    """Clip, sum and noise one each, one fused update; the rest, counters and zeroing, is named in test_flat_update.py."""
+    if backend == "reference":
+        pytest.skip("made of PyTorch operations")
+    x, y = data()
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers)), nn.Linear(6, 3))
+    model = dpk.convert_model(model, backend=backend).cuda()
+    engine, model, optimizer, _ = attach(model, x, y, optimizer=torch.optim.AdamW, lr=0.1, sigma=1.0)
+    kernels: list[str] = []
+    for number in range(4):
+        with engine.batch(12):
+            F.cross_entropy(model(x.cuda()), y.cuda()).backward()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                optimizer.step()
+                torch.cuda.synchronize()
+        if number == 3:
+            kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(kernels) <= 9, kernels
