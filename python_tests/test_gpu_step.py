@@ -195,7 +195,7 @@ def test_replays_draw_the_references_noise_and_wait_for_nothing(backend: str) ->
 
 @pytest.mark.parametrize("layers", [3, 40])
 def test_a_step_is_few_launches_however_many_biases_there_are(backend: str, layers: int) -> None:
-    """Clip, sum and noise one each, one fused update; the rest, counters and zeroing, is named in test_flat_update.py."""
+    """Clip, sum and noise one each, one fused update; the rest, counters and zeroing, test_flat_update.py names."""
     if backend == "reference":
         pytest.skip("made of PyTorch operations")
     x, y = data()
