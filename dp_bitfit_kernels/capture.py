@@ -8,7 +8,7 @@ short. It charges the accountant, then replays the second. The counter of the no
 device, so that every replay of the release draws fresh noise.
 
 A graph repeats operations on memory and knows nothing of Python. So what it has built in is compared before each
-replay: the kind of the batch, the model's state (:func:`_fingerprint`), what the release depends on. Whatever has
+replay: the kind of the batch, the model's state (:class:`Fingerprint`), what the release depends on. Whatever has
 changed runs eagerly first, as a step without capture would, and is captured once it is the same again.
 """
 
@@ -17,20 +17,18 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import layout
 from ._validate import EngineError
+from .fingerprint import Fingerprint, outline
 from .flat_update import FlatUpdate
-from .layers import BiasLayer
-from .layers.base import STATE
 from .optimizer import PrivateOptimizer
-from .session import modules_of
 
 # Physical batches that run eagerly before a capture, so that libraries have set themselves up; PyTorch asks for three.
 WARM_UP = 3
@@ -41,6 +39,11 @@ _TOO_MANY = (
     f"more than {MOST_KINDS} kinds of batches came to a captured step (shapes, plain values among the arguments, "
     "training modes); each needs a graph of its own, and most steps run eagerly. Pad inputs to a few lengths, and pass "
     "numbers that change as tensors"
+)
+
+_UNSTEADY = (
+    "the model changes an attribute or puts another tensor in the place of a buffer in its forward, which a graph "
+    "would not repeat: the captured step runs eagerly. Write to the buffer in place, or keep the number elsewhere"
 )
 
 
@@ -110,7 +113,8 @@ def capture_step(optimizer: PrivateOptimizer, loss: Callable[..., Tensor]) -> Ca
             the physical batch, reduced and scaled as ``make_private`` was told. What it does once, the replays repeat.
             So it, and a clipping function of your own, must not read values of tensors in Python, and what they use
             beside the arguments and the model (class weights, a teacher) must stay the same tensors. Checkpointed
-            blocks need ``preserve_rng_state=False``. No ``backward()``, no ``optimizer.step()``.
+            blocks need ``preserve_rng_state=False``. No ``backward()``, no ``optimizer.step()``. Batches are fetched on
+            the stream that the step is called on.
 
     Returns:
         The step. Its first calls run eagerly: until two draws were released, and three batches at least; so do the
@@ -127,8 +131,8 @@ class CapturedStep:
     """See :func:`capture_step`.
 
     Guarantees, given the same rows as eager steps: the same integer sums, charges and noise; a release is charged
-    before its noise is drawn; no replay runs on other parameters, buffers, training modes, numbers in module
-    attributes, learning rate, hyperparameters, noise multiplier or key than the present ones.
+    before its noise is drawn; no replay runs on other parameters, buffers, training modes, modules, hooks or
+    attributes of modules, learning rate, hyperparameters, noise multiplier or key than the present ones.
 
     Attributes:
         loss: the last physical batch's loss, 0-dim on the device, overwritten by the next call. It is raw: not private.
@@ -153,8 +157,9 @@ class CapturedStep:
         self._sizes: dict[Any, int] = {}  # physical rows of each kind of batch that ran eagerly
         self._closed = False
         self._warned = False
+        self._steady = True  # no forward changed what graphs would have built in
         self._accumulations: dict[Any, _Accumulation] = {}  # least recently used first
-        self._fingerprint: list[Any] = []  # of the model, when the graphs were captured
+        self._fingerprint: Fingerprint | None = None  # of the model, when the graphs were captured
         self._release: Graph | None = None
         self._built_in: tuple[Any, ...] | None = None  # into the release
         self._last: tuple[Any, ...] | None = None  # what the last release depended on
@@ -192,12 +197,13 @@ class CapturedStep:
         if other is not None and other is not self:  # a step that was captured before, and is not called any more
             other.drop_graphs()
         flat = self._optimizer.flat_update()  # parameters that were moved from outside return to their place
-        fingerprint = _fingerprint(self._session.model, self._ledger.memory)
-        if self._accumulations and self._fingerprint != fingerprint:
+        fingerprint = self._present_fingerprint() if self._accumulations else None
+        if self._fingerprint != fingerprint:
             self.drop_graphs()
         key = self._kind(args, kwargs)
         found = self._accumulations.pop(key, None)
-        if found is None and not (key in self._sizes and self._calls >= WARM_UP and self._session.settled):
+        ready = key in self._sizes and self._calls >= WARM_UP and self._session.settled and self._steady
+        if found is None and not ready:
             return self._eager(key, args, kwargs)
         self._session.open_without_ticket(self._sizes[key])
         try:
@@ -245,8 +251,12 @@ class CapturedStep:
             self._session.drop_rows()  # of a call that was broken off
             with self._beside():
                 args, kwargs = self._on_device((args, kwargs))
+                before = Fingerprint(self._session.model, ())
                 loss = self._checked(self._function(*args, **kwargs))
                 loss.backward()
+                self._steady = before == Fingerprint(self._session.model, ())
+                if not self._steady:
+                    self._warn_once(_UNSTEADY)
                 self._note_size(key)
                 return self._optimizer.step()
         finally:
@@ -259,19 +269,22 @@ class CapturedStep:
         self._sizes[key] = self._ledger.batch
         if len(self._sizes) > 4 * MOST_KINDS:
             del self._sizes[next(iter(self._sizes))]
-            self._warn_of_kinds()
+            self._warn_once(_TOO_MANY)
 
-    def _warn_of_kinds(self) -> None:
+    def _warn_once(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(_TOO_MANY, stacklevel=4)
+            warnings.warn(message, stacklevel=4)
+
+    def _present_fingerprint(self) -> Fingerprint:
+        return Fingerprint(self._session.model, self._ledger.memory)
 
     def _capture(self, args: Any, kwargs: Any) -> _Accumulation:
         if len(self._accumulations) >= MOST_KINDS:
             del self._accumulations[next(iter(self._accumulations))]
-            self._warn_of_kinds()
-        self._ledger.hold(self)
+            self._warn_once(_TOO_MANY)
         static = self._on_device((args, kwargs), copy=True)
+        self._ledger.hold(self)
         step = weakref.proxy(self)  # a graph that repeats Python would else keep the step alive, and the step the graph
 
         def accumulate() -> None:
@@ -286,7 +299,7 @@ class CapturedStep:
         except EngineError:
             self.drop_graphs()
             raise
-        self._fingerprint = _fingerprint(self._session.model, self._ledger.memory)
+        self._fingerprint = self._present_fingerprint()
         return _Accumulation(list(layout.tensors_in(static)), graph)
 
     def _recorded(self, work: Callable[[], None], pool: Any) -> Graph:
@@ -359,7 +372,7 @@ class CapturedStep:
         """What is built into a graph of the batch's kind; it serves calls that are alike in this."""
         device = self._ledger.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return self._session.modes(), autocast, _outline((args, kwargs))
+        return self._session.modes(), autocast, outline((args, kwargs))
 
     def _on_device(self, value: Any, copy: bool = False) -> Any:
         device = self._ledger.device
@@ -380,45 +393,8 @@ class CapturedStep:
             current.wait_stream(self._stream)
 
 
-def _fingerprint(model: nn.Module, memory: tuple[Any, ...]) -> list[Any]:
-    """What graphs have built in of the model: modules, hooks, the numbers among their attributes, where tensors lie.
-
-    Of a tensor: address, shape, strides, dtype, and whether it wants a gradient. Not the values, which are read anew.
-    """
-    found: list[Any] = [memory]
-    for module in modules_of(model):
-        own = module.__dict__
-        hooks = len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), len(own["_backward_hooks"])
-        found.append((id(module), type(module), hooks))
-        for tensors in (own["_parameters"], own["_buffers"]):
-            for t in tensors.values():
-                if t is not None:
-                    found.append((t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad))
-        skipped = STATE if isinstance(module, BiasLayer) else ()
-        found += [v for k, v in own.items() if type(v) in _PLAIN and k not in skipped and k != "training"]
-    return found
-
-
-_PLAIN = frozenset((int, float, bool, str))
-
-
 def _unchanged(before: tuple[Any, ...] | None, after: tuple[Any, ...]) -> bool:
     """The same objects, or equal plain values."""
     if before is None:
         return False
     return all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(before, after, strict=True))
-
-
-def _outline(value: Any) -> Any:
-    """The structure of a batch with its tensors' shapes and its plain values, to compare and to look up by."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, Mapping):
-        return tuple((key, _outline(item)) for key, item in value.items())
-    if isinstance(value, tuple | list):
-        return type(value), tuple(map(_outline, value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value), tuple(_outline(getattr(value, field.name)) for field in dataclasses.fields(value))
-    if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | torch.device):
-        return type(value), value
-    raise EngineError(f"a captured step takes tensors and plain values, got {type(value).__name__}")

@@ -237,7 +237,8 @@ class FlatUpdate:
                 # By way of DLPack, so that each has a storage of its own extent: who saves a parameter, or asks whether
                 # two share memory (safetensors), sees that one only.
                 piece = self._piece(run, entry)
-                entry.parameter.data = torch.utils.dlpack.from_dlpack(piece) if piece.numel() else piece
+                with torch.cuda.device_of(piece):
+                    entry.parameter.data = torch.utils.dlpack.from_dlpack(piece) if piece.numel() else piece
         self._generation += 1
 
     @contextmanager

@@ -139,6 +139,7 @@ class Ledger:
         self._bounds = torch.tensor(plan.bounds, dtype=torch.float64, device=self.device)
         self._grid = torch.tensor(plan.grid, dtype=torch.float64, device=self.device)
         self._storage = torch.empty(0, dtype=torch.float32, device=self.device)
+        self._masks = torch.empty(0, dtype=torch.bool, device=self.device)
         self._slab: _Slab | None = None
         self._open = False
         self._holder: weakref.ref[Any] | None = None
@@ -202,13 +203,17 @@ class Ledger:
         return None if self._holder is None else self._holder()
 
     def hold(self, holder: Any) -> None:
-        self._holder = None if holder is None else weakref.ref(holder)
+        self._holder = None if holder is None else weakref.ref(holder, self._left_alone)
+
+    def _left_alone(self, holder: weakref.ref[Any]) -> None:
+        """The step that held the ledger is gone: an open batch goes on eagerly."""
+        if self._holder is holder and self._open:
+            self.refill()
 
     @property
     def memory(self) -> tuple[Any, ...]:
-        """Where the rows and the mask of the present physical size lie."""
-        slab = self._slab
-        return () if slab is None else (slab.rows.data_ptr(), slab.rows.shape, slab.mask.data_ptr())
+        """Where the rows and the masks of all physical sizes lie: it changes when a larger one than before comes."""
+        return self._storage.data_ptr(), self._masks.data_ptr()
 
     def refill(self) -> None:
         """Zero the rows of the open batch and hand out their leaves: what ``open`` leaves to a captured step."""
@@ -238,10 +243,11 @@ class Ledger:
         if self._storage.numel() < batch * self.width:
             self._slab = None  # let the smaller buffer go before the larger one comes
             self._storage = torch.empty(batch * self.width, dtype=torch.float32, device=self.device)
+            self._masks = torch.empty(batch, dtype=torch.bool, device=self.device)
         rows = self._storage[: batch * self.width].view(batch, self.width)
         rows.zero_()
         parts = [rows[:, entry.start : entry.stop] for entry in self.entries]
-        return _Slab(rows, parts, torch.ones(batch, dtype=torch.bool, device=self.device))
+        return _Slab(rows, parts, self._masks[:batch])
 
     def zero_rows(self) -> None:
         """Forget what was backpropagated into the open batch; it stays open, for forwards from now on."""

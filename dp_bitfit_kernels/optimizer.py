@@ -65,6 +65,8 @@ class PrivateOptimizer(Optimizer):
         self._session = session
         self._flat = flat
         self._max_grad_norm = max_grad_norm
+        own = {id(p) for p in session.model.parameters()}
+        self._outside = [p for group in original.param_groups for p in group["params"] if id(p) not in own]
         self._held = [[id(p) for p in group["params"]] for group in original.param_groups]
         # Hooks registered here run when the original steps: on releases.
         self._optimizer_step_pre_hooks = original._optimizer_step_pre_hooks
@@ -150,6 +152,12 @@ class PrivateOptimizer(Optimizer):
             raise OptimizerError(
                 "the parameters of the optimizer changed after make_private: what was added would be trained on raw "
                 "gradients of private data; make_private again with a new optimizer"
+            )
+
+        if any(p.requires_grad or p.grad is not None for p in self._outside):
+            raise OptimizerError(
+                "a parameter of the optimizer that is not part of the module was unfrozen after make_private: it would "
+                "be trained on raw gradients of private data; give it an optimizer of its own"
             )
 
     @property

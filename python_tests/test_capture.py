@@ -606,9 +606,16 @@ class Attributes(nn.Module):
         self.drop = nn.Dropout(0.0)
         self.act: nn.Module = nn.Tanh()
         self.inner = small_model()
+        self.kept = self.act.register_forward_hook(_thrice)
+        self.pair, self.settings, self.function, self.shift = (1.0, 1.0), {"scale": 1.0}, torch.tanh, torch.zeros(6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(self.drop(self.act(self.norm(self.square(x))))) * self.scale
+        x = self.function(x * self.pair[1] + self.shift)
+        return self.inner(self.drop(self.act(self.norm(self.square(x))))) * self.scale * self.settings["scale"]
+
+
+def _thrice(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 3.0
 
 
 def _twice(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -622,6 +629,12 @@ CHANGES: dict[str, Any] = {
     "eps": lambda m: setattr(m.norm, "eps", 0.3),
     "module": lambda m: setattr(m, "act", nn.ReLU()),
     "hook": lambda m: m.act.register_forward_hook(_twice),
+    "another hook": lambda m: (m.kept.remove(), m.act.register_forward_hook(_twice)),
+    "forward of an instance": lambda m: setattr(m.act, "forward", torch.sin),
+    "tuple": lambda m: setattr(m, "pair", (0.5, 2.0)),
+    "dict": lambda m: m.settings.update(scale=3.0),
+    "function": lambda m: setattr(m, "function", torch.relu),
+    "plain tensor": lambda m: setattr(m, "shift", torch.ones(6)),
 }
 
 
@@ -661,3 +674,122 @@ def test_a_scheduler_made_late_sees_the_steps(graphs: Any, recwarn: pytest.Warni
         if run.step(x, y):
             scheduler.step()
     assert not [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
+
+
+def test_a_parameter_outside_the_model_gets_no_raw_gradient(graphs: Any) -> None:
+    """Frozen when the engine came, unfrozen later: refused by the eager step and by the captured one alike."""
+    for captured in (False, True):
+        outside = nn.Parameter(torch.ones(3), requires_grad=False)
+        made = lambda ps, lr, outside=outside: Rprop([*ps, outside], lr=lr)  # noqa: E731
+        with pytest.warns(UserWarning, match="frozen parameter"):
+            run = Training(captured, optimizer=made)
+        inner = run.loss
+        run.loss = lambda x, y, run=run, o=outside: F.cross_entropy(run.model(x) * o, y)  # type: ignore[method-assign]
+        if captured:
+            run.step = dpk.capture_step(run.optimizer, run.loss)
+        run.epochs(3)
+        outside.requires_grad_(True)
+        with pytest.raises(dpk.OptimizerError, match="not part of the module was unfrozen"):
+            run.epochs(1)
+        assert torch.equal(outside, torch.ones(3)) and inner is not None
+
+
+def test_graphs_of_two_physical_sizes_read_the_mask_that_is_written(graphs: Any) -> None:
+    """A smaller last batch must not leave the larger one's graph on memory that was given back."""
+    runs = []
+    for run in both(poisson_sampling=False, max_physical_batch_size=None, pad_physical_batches=None):
+        runs.append(run)
+        masks = set()
+        for _ in range(5):
+            for x, y in ((X[:8], Y[:8]), (X[8:16], Y[8:16]), (X[16:20], Y[16:20])):
+                run(x, y)
+                masks.add(run.optimizer.session.ledger._slab.mask.data_ptr())
+        assert len(masks) == 1
+    assert runs[0].outcome == runs[1].outcome
+    assert graphs.captures == 3  # one of each size, one release
+
+
+class Counting(nn.Module):
+    """Changes itself in the forward, in a way that a graph would or would not repeat."""
+
+    how = "buffer"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_model()
+        self.register_buffer("n", torch.zeros(()))
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.how == "buffer":
+            self.n = self.n + 1.0
+        if torch.is_grad_enabled() and self.how == "number":
+            self.count += 1
+        return self.inner(x) * (self.n + self.count + 1.0).clamp(max=30.0) / 30.0
+
+
+@pytest.mark.parametrize("how", ["buffer", "number"])
+def test_a_model_that_changes_itself_stays_eager(graphs: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(Counting, "how", how)
+    eager = Training(False, model=Counting).epochs(4)
+    with pytest.warns(UserWarning, match="runs eagerly"):
+        captured = Training(True, model=Counting).epochs(4)
+    assert eager.outcome == captured.outcome
+    assert not captured.step.captured
+
+
+def test_a_batch_that_is_open_when_its_step_is_forgotten_goes_on_eagerly(graphs: Any) -> None:
+    run = Training(True).epochs(3)
+    batches = iter(run.loader)
+    x, y = next(batches)
+    run.step = None
+    run(x, y)
+    for x, y in batches:
+        run(x, y)
+    assert run.engine.accountant.history.total_steps == 4 * len(run.loader)
+
+
+def _tiny(name: str) -> tuple[nn.Module, Tensor, str]:
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "num_labels": 3,
+    }
+    if name == "vit":
+        config = transformers.ViTConfig(image_size=16, patch_size=8, **small)
+        return transformers.ViTForImageClassification(config), torch.randn(24, 3, 16, 16), "pixel_values"
+    if name == "resnet":
+        config = transformers.ResNetConfig(
+            embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+        )
+        return transformers.ResNetForImageClassification(config), torch.randn(24, 3, 16, 16), "pixel_values"
+    config = transformers.RobertaConfig(vocab_size=40, max_position_embeddings=20, **small)
+    return transformers.RobertaForSequenceClassification(config), torch.randint(4, 40, (24, 9)), "input_ids"
+
+
+@pytest.mark.parametrize("name", ["roberta", "vit", "resnet"])
+def test_models_of_transformers_are_captured_and_stay_so(graphs: Any, name: str) -> None:
+    """With their dropout: nothing that they do to themselves in a forward looks like a change."""
+    outcomes = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model, inputs, argument = _tiny(name)
+        dpk.convert_model(model.train(), train_modules=("classifier*",))
+        engine = dpk.PrivacyEngine(unsafe_deterministic_seed=1)
+        engine, model, optimizer, loader = attach(
+            model, inputs, torch.arange(24) % 3, **{**PADDED, "engine": engine, "sigma": 1.0, "lr": 0.05}
+        )
+        loss = lambda batch, y, model=model: F.cross_entropy(model(**batch).logits, y)  # noqa: E731
+        step = dpk.capture_step(optimizer, loss)
+        for x, y in itertools.chain.from_iterable(loader for _ in range(5)):
+            if captured:
+                step({argument: x}, y)
+            else:
+                loss({argument: x}, y).backward()
+                optimizer.step()
+        outcomes.append(flat(model).tolist())
+    assert graphs.captures == 2
+    assert outcomes[0] == outcomes[1]

@@ -213,3 +213,30 @@ def test_a_step_is_few_launches_however_many_biases_there_are(backend: str, laye
         if number == 3:
             kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert 0 < len(kernels) <= 9, kernels
+
+
+def test_after_a_capture_that_was_broken_off_the_next_one_works(backend: str) -> None:
+    """The stream, the memory pool and the generator are as if it had not been begun."""
+    x, y = data(40)
+    torch.manual_seed(0)
+    model = dpk.convert_model(Dropped(), train_modules=("*5",), backend=backend).cuda()
+    engine, model, optimizer, loader = attach(model, x, y, lr=0.05, **PADDED)
+    reads = True
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        value = F.cross_entropy(model(x), y)
+        return value * (1.0 + 0.0 * float(value.detach())) if reads else value
+
+    step, stream = dpk.capture_step(optimizer, loss), torch.cuda.current_stream()
+    with pytest.raises(dpk.EngineError, match="cannot be captured"):
+        for _ in range(4):
+            for xs, ys in loader:
+                step(xs, ys)
+    assert torch.cuda.current_stream() == stream
+    reads = False
+    assert torch.isfinite(F.dropout(torch.ones(100, device="cuda"), 0.5)).all()
+    for _ in range(3):
+        for xs, ys in loader:
+            step(xs, ys)
+    assert step.captured
+    assert torch.isfinite(flat(model)).all()

@@ -67,7 +67,7 @@ CAPTURED = (
     Sabotage(
         "a captured step runs on memory that was left",
         "capture.py",
-        "        if self._accumulations and self._fingerprint != fingerprint:\n",
+        "        if self._fingerprint != fingerprint:\n",
         "        if False:\n",
         (f"{CAPTURE}::test_memory_that_moved_is_followed",),
     ),
@@ -113,5 +113,26 @@ CAPTURED = (
         "            if not _unchanged(self._last, present):\n",
         "            if False:\n",
         (f"{CAPTURE}::test_a_state_that_is_not_there_yet_is_not_built_into_the_release",),
+    ),
+    Sabotage(
+        "graphs read a mask that was given back",
+        "ledger.py",
+        "        return _Slab(rows, parts, self._masks[:batch])\n",
+        "        return _Slab(rows, parts, self._masks[:batch].clone())\n",
+        (f"{CAPTURE}::test_graphs_of_two_physical_sizes_read_the_mask_that_is_written",),
+    ),
+    Sabotage(
+        "a parameter outside the model is trained on raw gradients",
+        "optimizer.py",
+        "        if any(p.requires_grad or p.grad is not None for p in self._outside):\n",
+        "        if False:\n",
+        (f"{CAPTURE}::test_a_parameter_outside_the_model_gets_no_raw_gradient",),
+    ),
+    Sabotage(
+        "a model that changes itself is captured",
+        "capture.py",
+        "                self._steady = before == Fingerprint(self._session.model, ())\n",
+        "                self._steady = True\n",
+        (f"{CAPTURE}::test_a_model_that_changes_itself_stays_eager",),
     ),
 )
