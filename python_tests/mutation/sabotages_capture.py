@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sabotage import Sabotage
 
-CAPTURE, FLAT = "test_capture.py", "test_flat_update.py"
+CAPTURE, ATTACKED, FLAT = "test_capture.py", "test_capture_attacks.py", "test_flat_update.py"
 EAGER = f"{CAPTURE}::test_equals_the_eager_run_bit_for_bit"
 
 CAPTURED = (
@@ -98,41 +98,41 @@ CAPTURED = (
         "capture.py",
         "            self._session.check()  # the backward has run in Python: no raw gradient may have come of it\n",
         "            pass\n",
-        (f"{CAPTURE}::test_a_parameter_that_was_unfrozen_gets_no_raw_gradient",),
+        (f"{ATTACKED}::test_a_parameter_that_was_unfrozen_gets_no_raw_gradient",),
     ),
     Sabotage(
         "a raw gradient of a repeated backward goes unnoticed",
         "capture.py",
         "            if found.graph.runs_python:\n                self._session.check()\n",
         "",
-        (f"{CAPTURE}::test_a_parameter_that_was_unfrozen_gets_no_raw_gradient",),
+        (f"{ATTACKED}::test_a_parameter_that_was_unfrozen_gets_no_raw_gradient",),
     ),
     Sabotage(
         "what has just changed is built into the release",
         "capture.py",
         "            if not _unchanged(self._last, present):\n",
         "            if False:\n",
-        (f"{CAPTURE}::test_a_state_that_is_not_there_yet_is_not_built_into_the_release",),
+        (f"{ATTACKED}::test_a_state_that_is_not_there_yet_is_not_built_into_the_release",),
     ),
     Sabotage(
         "graphs read a mask that was given back",
         "ledger.py",
         "        return _Slab(rows, parts, self._masks[:batch])\n",
         "        return _Slab(rows, parts, self._masks[:batch].clone())\n",
-        (f"{CAPTURE}::test_graphs_of_two_physical_sizes_read_the_mask_that_is_written",),
+        (f"{ATTACKED}::test_graphs_of_two_physical_sizes_read_the_mask_that_is_written",),
     ),
     Sabotage(
         "a parameter outside the model is trained on raw gradients",
         "optimizer.py",
         "        if any(p.requires_grad or p.grad is not None for p in self._outside):\n",
         "        if False:\n",
-        (f"{CAPTURE}::test_a_parameter_outside_the_model_gets_no_raw_gradient",),
+        (f"{ATTACKED}::test_a_parameter_outside_the_model_gets_no_raw_gradient",),
     ),
     Sabotage(
         "a model that changes itself is captured",
         "capture.py",
         "                self._steady = before == Fingerprint(self._session.model, ())\n",
         "                self._steady = True\n",
-        (f"{CAPTURE}::test_a_model_that_changes_itself_stays_eager",),
+        (f"{ATTACKED}::test_a_model_that_changes_itself_stays_eager",),
     ),
 )

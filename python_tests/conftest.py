@@ -1,0 +1,16 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+import pytest
+from recorded import RecordedGraph
+
+from dp_bitfit_kernels import capture
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
+    """Graphs on the CPU; the class counts how many were recorded."""
+    monkeypatch.setitem(capture.GRAPHS, "cpu", RecordedGraph)
+    monkeypatch.setattr(RecordedGraph, "captures", 0)
+    return RecordedGraph
