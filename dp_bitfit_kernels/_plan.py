@@ -132,3 +132,9 @@ def warn_of_lost(releases: int) -> None:
 
 def json_number(value: float) -> float | str:
     return value if math.isfinite(value) else "inf"
+
+
+def check_noise_multiplier(value: float) -> None:
+    """Finite, not negative, and small enough for float64 to hold the noise on the integer grid."""
+    if not 0 <= value <= 2.0**20:
+        raise EngineError(f"noise_multiplier={value!r} must lie in [0, 2^20]")

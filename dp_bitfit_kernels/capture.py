@@ -156,7 +156,7 @@ class CapturedStep:
         self._calls = 0  # that ran eagerly
         self._sizes: dict[Any, int] = {}  # physical rows of each kind of batch that ran eagerly
         self._closed = False
-        self._warned = False
+        self._warned: set[str] = set()
         self._steady = True  # no forward changed what graphs would have built in
         self._accumulations: dict[Any, _Accumulation] = {}  # least recently used first
         self._fingerprint: Fingerprint | None = None  # of the model, when the graphs were captured
@@ -272,8 +272,8 @@ class CapturedStep:
             self._warn_once(_TOO_MANY)
 
     def _warn_once(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if message not in self._warned:
+            self._warned.add(message)
             warnings.warn(message, stacklevel=4)
 
     def _present_fingerprint(self) -> Fingerprint:

@@ -19,6 +19,7 @@ from ._history import History
 from ._plan import (
     check_delta,
     check_fit,
+    check_noise_multiplier,
     groups,
     json_number,
     plan_divisor,
@@ -36,7 +37,7 @@ from .ledger import Ledger, find_entries
 from .noise import STREAM_SAMPLER, KeySource, delta_slack, epsilon_slack
 from .optimizer import PrivateOptimizer, check_parameters
 from .sampling import DrawCounter, PrivateDataLoader, Ticket
-from .session import ForwardHook, Session, check_noise_multiplier
+from .session import ForwardHook, Session
 
 _FORMAT = "dp-bitfit-checkpoint"
 

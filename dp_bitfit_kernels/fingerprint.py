@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ._validate import EngineError
 from .layers import BiasLayer
 from .layers.base import STATE
-from .session import modules_of
+from .layout import modules_of
 
 _PLAIN = frozenset((int, float, bool, str, type(None)))
 _DICTS = frozenset((dict, OrderedDict))

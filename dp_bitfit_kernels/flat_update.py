@@ -101,7 +101,7 @@ class FlatUpdate:
         self._spread: list[tuple[Tensor, Tensor]] = []  # (copies [n], the run's own counter)
         self._versions: list[int] = []  # of the copies
         self._shown: list[Any] = []  # every value in it
-        self._seen: tuple[int, ...] = ()  # identities of the state that the views are of
+        self._seen: list[Any] = []  # the state that the views are of
         self._generation = 0  # of the memory of parameters and state
         self._rates: list[Tensor] = []  # of the groups, on the device, for captured updates
         self._move_in()
@@ -142,8 +142,7 @@ class FlatUpdate:
     def update(self, release: Tensor) -> None:
         """Let the optimizer step on the release [P] float32."""
         self._step(release, in_graph=False)
-        if self._identities() != self._seen:  # the optimizer made a state: the user's one gets views of it
-            self._show_state()
+        self._show_new_state()
 
     def update_in_graph(self, release: Tensor) -> None:
         """The same, to be captured after ``prepare_capture``: device work only."""
@@ -193,8 +192,7 @@ class FlatUpdate:
             for key in _COUNTERS:
                 if isinstance(state.get(key), Tensor):
                     state[key] = state[key].to(device=device, dtype=torch.float32)
-        if self._identities() != self._seen:
-            self._show_state()
+        self._show_new_state()
 
     def set_rates(self) -> None:
         """Bring the rates that a scheduler set to the device; before each replay."""
@@ -263,8 +261,14 @@ class FlatUpdate:
             return {"fused": True}
         return {}
 
-    def _identities(self) -> tuple[int, ...]:
-        return tuple(id(value) for run in self._runs for value in self._state.get(run.values, {}).values())
+    def _values(self) -> list[Any]:
+        return [value for run in self._runs for value in self._state.get(run.values, {}).values()]
+
+    def _show_new_state(self) -> None:
+        """Where the optimizer made a state, the user's one gets views of it."""
+        values = self._values()
+        if len(values) != len(self._seen) or any(a is not b for a, b in zip(values, self._seen, strict=True)):
+            self._show_state()
 
     def _show_state(self) -> None:
         views: Any = defaultdict(dict)
@@ -291,7 +295,7 @@ class FlatUpdate:
         self._shown = [value for state in views.values() for value in state.values()]
         self.note_versions()
         self._generation += 1
-        self._seen = self._identities()
+        self._seen = self._values()
 
     def _as_shown(self) -> bool:
         """Whether the user's optimizer has the state that was put there, as it was put there."""

@@ -10,31 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from . import layout
+from ._plan import check_noise_multiplier
 from ._validate import BatchLayoutError, EngineError, OptimizerError
 from .accounting import Accountant
 from .clipping import GRID
+from .layout import modules_of
 from .ledger import Ledger
 from .noise import STREAM_NOISE, KeySource
 from .sampling import Ticket
 
 _EVALUATION = "for evaluation use torch.no_grad()"
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """Every module once, breadth first: what ``model.modules()`` gives, in a third of the time. Asked twice a step."""
-    found, seen = [model], {model}
-    for module in found:  # grows while it is read
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
-    return found
-
-
-def check_noise_multiplier(value: float) -> None:
-    """Finite, not negative, and small enough for float64 to hold the noise on the integer grid."""
-    if not 0 <= value <= 2.0**20:
-        raise EngineError(f"noise_multiplier={value!r} must lie in [0, 2^20]")
 
 
 class ForwardHook:
