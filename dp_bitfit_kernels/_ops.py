@@ -35,6 +35,36 @@ SCHEMAS: dict[str, str] = {
     ),
     # -> [count] int64: 64-bit words of the ChaCha20 key stream, numbers first, first + 1, ...
     "random_words": "(Tensor key, Tensor step, int stream, int first, int count) -> Tensor",
+    # What follows keeps little for backward. grad is contiguous [B, R, C]; rows [B, C] (reduce 1), [B, R] (2) or [0].
+    # mask bool, n elements -> [ceil(n / 8)] uint8
+    "pack_bits": "(Tensor mask) -> Tensor",
+    # x contiguous, n elements -> y, bits [ceil(n / 8)] uint8 of what lies strictly between
+    "clamp_pack": "(Tensor x, float low, float high, float slope) -> (Tensor, Tensor)",
+    "clamp_pack_": "(Tensor(a!) x, float low, float high, float slope) -> Tensor",
+    # x [B, R, C], bits [ceil(n / 8)] -> x * (bit ? on : off), its rows
+    "bit_scale": "(Tensor x, Tensor bits, float on, float off, int reduce) -> (Tensor, Tensor)",
+    # grad, x [B, R, C] -> grad * f'(x), its rows
+    "activation_grad": "(Tensor grad, Tensor x, int kind, int reduce) -> (Tensor, Tensor)",
+    # x float32, n elements -> f(x), codes [3, n] uint8 of f'(x)
+    "slope_pack": "(Tensor x, int kind) -> (Tensor, Tensor)",
+    # grad float32 [B, R, C], codes [3, n] -> grad * f', its rows
+    "slope_scale": "(Tensor grad, Tensor codes, int reduce) -> (Tensor, Tensor)",
+    # x, n elements; edges [7] float32 -> bit planes [3, ceil(n / 8)] uint8
+    "level_pack": "(Tensor x, Tensor edges) -> Tensor",
+    # grad [B, R, C], planes [3, ceil(n / 8)], levels [8] float32 -> grad * level, its rows
+    "level_scale": "(Tensor grad, Tensor planes, Tensor levels, int reduce) -> (Tensor, Tensor)",
+    # x [M, N], mean [M], rstd [M] float32 -> int8 [M, N], scale [M] float32
+    "quantize_norm": "(Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    # grad, x [B, R, C] (x also int8); shift, scale, rstd [B * R] float32; weight [C] float32 -> dx, rows of grad
+    "layer_norm_grad": (
+        "(Tensor grad, Tensor x, Tensor? shift, Tensor scale, Tensor rstd, Tensor? weight, int reduce) -> (Tensor, Tensor)"
+    ),
+    # grad, x [B, C, S] (x also int8); shift, scale, rstd [B, G] float32; weight [C] float32 -> dx, rows [B, C] of grad
+    "group_norm_grad": (
+        "(Tensor grad, Tensor x, Tensor? shift, Tensor scale, Tensor rstd, Tensor? weight) -> (Tensor, Tensor)"
+    ),
+    # grad [B, R, C], scale [C] (reduce 1) or [R] (reduce 2) float32 -> grad * scale, rows of grad
+    "affine_grad": "(Tensor grad, Tensor scale, int reduce) -> (Tensor, Tensor)",
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -81,6 +111,28 @@ def _random_words_fake(key: Tensor, step: Tensor, stream: int, first: int, count
     return key.new_empty((count,), dtype=torch.int64)
 
 
+def _bytes(count: int) -> int:
+    return (count + 7) // 8
+
+
+def _rows_beside(grad: Tensor, reduce: int) -> Tensor:
+    shape = {0: (0,), 1: (grad.shape[0], grad.shape[2]), 2: (grad.shape[0], grad.shape[1])}[reduce]
+    return grad.new_empty(shape, dtype=torch.float32)
+
+
+def _packed(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.uint8)
+
+
+def _grad_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Of every op whose last argument is ``reduce``."""
+    return torch.empty_like(grad), _rows_beside(grad, arguments[-1])
+
+
+def _quantize_norm_fake(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "bias_grad": _bias_grad_fake,
     "bias_grad_": _bias_grad_into_fake,
@@ -88,6 +140,19 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "clipped_sum_": _clipped_sum_fake,
     "noisy_sum": _noisy_sum_fake,
     "random_words": _random_words_fake,
+    "pack_bits": lambda mask: _packed(mask, _bytes(mask.numel())),
+    "clamp_pack": lambda x, low, high, slope: (torch.empty_like(x), _packed(x, _bytes(x.numel()))),
+    "clamp_pack_": lambda x, low, high, slope: _packed(x, _bytes(x.numel())),
+    "bit_scale": _grad_fake,
+    "activation_grad": _grad_fake,
+    "slope_pack": lambda x, kind: (torch.empty_like(x), _packed(x, 3, x.numel())),
+    "slope_scale": _grad_fake,
+    "level_pack": lambda x, edges: _packed(x, 3, _bytes(x.numel())),
+    "level_scale": _grad_fake,
+    "quantize_norm": _quantize_norm_fake,
+    "layer_norm_grad": _grad_fake,
+    "group_norm_grad": lambda grad, *others: (torch.empty_like(grad), _rows_beside(grad, 2)),
+    "affine_grad": _grad_fake,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)

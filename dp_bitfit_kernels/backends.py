@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension, _ops, reference
+from . import _extension, _ops, reference, reference_backward
 from ._validate import BackendError
 
 NAMES = ("auto", "reference", "native", "triton")
@@ -34,10 +34,24 @@ class Backend:
     clipped_sum_: Callable[..., None]
     noisy_sum: Callable[..., Tensor]
     random_words: Callable[..., Tensor]
+    pack_bits: Callable[[Tensor], Tensor]
+    clamp_pack: Callable[..., tuple[Tensor, Tensor]]
+    clamp_pack_: Callable[..., Tensor]
+    bit_scale: Callable[..., tuple[Tensor, Tensor]]
+    activation_grad: Callable[..., tuple[Tensor, Tensor]]
+    slope_pack: Callable[..., tuple[Tensor, Tensor]]
+    slope_scale: Callable[..., tuple[Tensor, Tensor]]
+    level_pack: Callable[[Tensor, Tensor], Tensor]
+    level_scale: Callable[..., tuple[Tensor, Tensor]]
+    quantize_norm: Callable[..., tuple[Tensor, Tensor]]
+    layer_norm_grad: Callable[..., tuple[Tensor, Tensor]]
+    group_norm_grad: Callable[..., tuple[Tensor, Tensor]]
+    affine_grad: Callable[..., tuple[Tensor, Tensor]]
 
 
-def _from(name: str, source: Any) -> Backend:
-    return Backend(name, **{op: getattr(source, op) for op in _ops.SCHEMAS})
+def _from(name: str, *sources: Any) -> Backend:
+    found = {op: getattr(source, op) for source in sources for op in _ops.SCHEMAS if hasattr(source, op)}
+    return Backend(name, **found)
 
 
 def _from_dispatcher() -> Backend:
@@ -61,7 +75,7 @@ def unavailable(name: str, device_type: str) -> str | None:
 @cache
 def _backend(name: str) -> Backend:
     if name == "reference":
-        return _from(name, reference)
+        return _from(name, reference, reference_backward)
     if name == "native":
         return _from_dispatcher()
     return _from(name, importlib.import_module("dp_bitfit_kernels.kernels"))
