@@ -57,7 +57,8 @@ SCHEMAS: dict[str, str] = {
     "quantize_norm": "(Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
     # grad, x [B, R, C] (x also int8); shift, scale, rstd [B * R] float32; weight [C] float32 -> dx, rows of grad
     "layer_norm_grad": (
-        "(Tensor grad, Tensor x, Tensor? shift, Tensor scale, Tensor rstd, Tensor? weight, int reduce) -> (Tensor, Tensor)"
+        "(Tensor grad, Tensor x, Tensor? shift, Tensor scale, Tensor rstd, Tensor? weight, int reduce) "
+        "-> (Tensor, Tensor)"
     ),
     # grad, x [B, C, S] (x also int8); shift, scale, rstd [B, G] float32; weight [C] float32 -> dx, rows [B, C] of grad
     "group_norm_grad": (
