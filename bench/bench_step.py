@@ -22,10 +22,10 @@ import torch
 from bench import plots, results
 from bench.check import CheckFailed, Oracle, check, oracle
 from bench.environment import environment
-from bench.memory import peak_bytes
 from bench.models import CASES, Case
 from bench.providers import BASELINE, CONTROL, OURS, PROVIDERS, Settings, Step
 from bench.timing import interleave
+from dp_bitfit_kernels._allocator import peak_bytes
 
 THREADS = (1, 2)
 TARGET = 1.02  # time and peak bytes of ours over plain bias-only

@@ -18,9 +18,9 @@ from functools import partial
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.memory import peak_bytes
 from bench.models import CASES, Case
 from bench.providers import PROVIDERS, Settings, Step
+from dp_bitfit_kernels._allocator import peak_bytes
 
 
 def operators(step: Callable[[], object], steps: int) -> Counter[str]:

@@ -27,8 +27,31 @@ void check(bool condition, const char* op, const Parts&... parts) {
 
 inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
 
-// A new dense tensor on the device of `like`: by the C interface, since stable::new_empty goes through the dispatcher
-// and takes longer than a small op.
+inline int32_t dtype_number(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return aoti_torch_dtype_float32();
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    case ScalarType::Char: return aoti_torch_dtype_int8();
+    default: return aoti_torch_dtype_int64();
+  }
+}
+
+// A new tensor on the device of `like`: by the C interface, since stable::new_empty goes through the dispatcher and
+// takes longer than a small op.
+inline Tensor empty_strided_beside(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                                   ScalarType type) {
+  const bool cpu = like.is_cpu();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, dtype_number(type), cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
+      cpu ? 0 : like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// A dense one.
 template <size_t dim>
 Tensor empty_beside(const Tensor& like, const int64_t (&sizes)[dim], ScalarType type) {
   int64_t strides[dim];
@@ -37,15 +60,7 @@ Tensor empty_beside(const Tensor& like, const int64_t (&sizes)[dim], ScalarType 
     strides[i] = stride;
     stride *= sizes[i];
   }
-  const int32_t dtype = type == ScalarType::Float    ? aoti_torch_dtype_float32()
-                        : type == ScalarType::Double ? aoti_torch_dtype_float64()
-                                                     : aoti_torch_dtype_int64();
-  const bool cpu = like.is_cpu();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, dtype, cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
-      cpu ? 0 : like.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_strided_beside(like, dim, sizes, strides, type);
 }
 
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t dim) {

@@ -21,4 +21,23 @@ Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int
                  double noise_std, double scale);
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64_t first, int64_t count);
 
+// What keeps little for backward.
+Tensor pack_bits(const Tensor& mask);
+std::tuple<Tensor, Tensor> clamp_pack(const Tensor& x, double low, double high, double slope);
+Tensor clamp_pack_(const Tensor& x, double low, double high, double slope);
+std::tuple<Tensor, Tensor> bit_scale(const Tensor& x, const Tensor& bits, double on, double off, int64_t reduce);
+std::tuple<Tensor, Tensor> activation_grad(const Tensor& grad, const Tensor& x, int64_t kind, int64_t reduce);
+std::tuple<Tensor, Tensor> slope_pack(const Tensor& x, int64_t kind);
+std::tuple<Tensor, Tensor> slope_scale(const Tensor& grad, const Tensor& codes, int64_t reduce);
+Tensor level_pack(const Tensor& x, const Tensor& edges);
+std::tuple<Tensor, Tensor> level_scale(const Tensor& grad, const Tensor& planes, const Tensor& levels, int64_t reduce);
+std::tuple<Tensor, Tensor> quantize_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd);
+std::tuple<Tensor, Tensor> layer_norm_grad(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& shift,
+                                           const Tensor& scale, const Tensor& rstd,
+                                           const std::optional<Tensor>& weight, int64_t reduce);
+std::tuple<Tensor, Tensor> group_norm_grad(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& shift,
+                                           const Tensor& scale, const Tensor& rstd,
+                                           const std::optional<Tensor>& weight);
+std::tuple<Tensor, Tensor> affine_grad(const Tensor& grad, const Tensor& scale, int64_t reduce);
+
 }  // namespace dpk

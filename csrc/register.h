@@ -17,4 +17,21 @@ void register_ops(Library& m) {
   m.impl("random_words", TORCH_BOX(&random_words));
 }
 
+template <class Library>
+void register_backward_ops(Library& m) {
+  m.impl("pack_bits", TORCH_BOX(&pack_bits));
+  m.impl("clamp_pack", TORCH_BOX(&clamp_pack));
+  m.impl("clamp_pack_", TORCH_BOX(&clamp_pack_));
+  m.impl("bit_scale", TORCH_BOX(&bit_scale));
+  m.impl("activation_grad", TORCH_BOX(&activation_grad));
+  m.impl("slope_pack", TORCH_BOX(&slope_pack));
+  m.impl("slope_scale", TORCH_BOX(&slope_scale));
+  m.impl("level_pack", TORCH_BOX(&level_pack));
+  m.impl("level_scale", TORCH_BOX(&level_scale));
+  m.impl("quantize_norm", TORCH_BOX(&quantize_norm));
+  m.impl("layer_norm_grad", TORCH_BOX(&layer_norm_grad));
+  m.impl("group_norm_grad", TORCH_BOX(&group_norm_grad));
+  m.impl("affine_grad", TORCH_BOX(&affine_grad));
+}
+
 }  // namespace dpk

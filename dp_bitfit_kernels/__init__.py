@@ -28,6 +28,7 @@ from .capture import CapturedStep, capture_step
 from .checkpoint import load_biases, save_biases
 from .convert import conversion_report, convert_model, restore_model
 from .engine import PrivacyEngine
+from .memory_report import MemoryReport, memory_report
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "ConversionError",
     "DPBiTFiTError",
     "EngineError",
+    "MemoryReport",
     "OpError",
     "OptimizerError",
     "PrivacyEngine",
@@ -51,6 +53,7 @@ __all__ = [
     "conversion_report",
     "convert_model",
     "load_biases",
+    "memory_report",
     "restore_model",
     "save_biases",
 ]

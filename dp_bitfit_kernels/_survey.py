@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ class Site:
     def biased(self) -> bool:
         """True if it owns a bias that it can train."""
         return any(self.module._parameters.get(own) is not None and self.gives(own) for own in self.bias_names)
+
+    def keeps_less_in(self, memory: str) -> bool:
+        """True if it is swapped for what it keeps for backward alone; hooks may rely on what a module is."""
+        m = self.module
+        hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        return self.kind is not None and not self.obstacle and memory in self.kind.keeps_less and not hooked
 
     @property
     def bias_names(self) -> tuple[str, ...]:
@@ -104,30 +111,41 @@ def called_modules(model: nn.Module, sample_batch: Any, sites: list[Site]) -> se
     def seen(module: nn.Module, inputs: Any) -> None:
         called.add(id(module))
 
+    hooks = [site.module.register_forward_pre_hook(seen) for site in sites if site.kind is not None]
+    try:
+        with torch.no_grad(), undisturbed(model):
+            model.eval()
+            call(model, sample_batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def call(model: nn.Module, sample_batch: Any) -> Any:
+    """The model on a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if isinstance(sample_batch, Mapping):
+        return model(**sample_batch)
+    return model(*sample_batch) if isinstance(sample_batch, (tuple, list)) else model(sample_batch)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Modes, buffers and torch's random state are afterwards as they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    hooks = [site.module.register_forward_pre_hook(seen) for site in sites if site.kind is not None]
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.no_grad(), torch.random.fork_rng(cuda):
-            model.eval()
-            if isinstance(sample_batch, Mapping):
-                model(**sample_batch)
-            elif isinstance(sample_batch, (tuple, list)):
-                model(*sample_batch)
-            else:
-                model(sample_batch)
+        with torch.random.fork_rng(cuda):
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer.copy_(value)
-    return called

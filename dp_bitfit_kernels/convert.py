@@ -72,8 +72,11 @@ def convert_model(
     train_modules: fnmatch patterns of module names. What they match is trained whole, all below it included; this
         overrides exclusions in `biases`.
     add_missing_biases: True is not available in this version.
-    memory: "exact" or "off". In this version both swap the same layers, those that own a trained bias or BatchNorm
-        statistics; "exact" does not yet reach modules without parameters. "compact" is not available.
+    memory: what the model keeps for backward. "exact": only what the input gradient needs; modules without a bias are
+        swapped for this, too (frozen convolutions, ReLU, dropout, GELU, pooling), unless they have hooks or a forward
+        of their own. Outputs and gradients are those of the modules they replace. "compact": less still, and no
+        longer exact: derivatives of activations as one of eight levels, normalised inputs in 8 bits. The gradient then
+        differs from the true one; privacy does not depend on that. "off": as in plain PyTorch.
     backend: "auto", "reference", "native" or "triton", for every converted layer.
     sample_batch: a tensor, a tuple of positional or a mapping of keyword arguments. The model runs on it once (eval
         mode, no gradient; modes, buffers and random state are put back); biased modules that are not called then stay
@@ -83,9 +86,9 @@ def convert_model(
     chosen, whole = bias_rule(biases), module_rule(train_modules)
     sites, tensors = survey(model)
     called = None if sample_batch is None else called_modules(model, sample_batch, sites)
-    plan = _decide(sites, tensors, chosen, whole, called)
+    plan = _decide(sites, tensors, chosen, whole, called, memory)
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    _apply(plan, tensors, backend)
+    _apply(plan, tensors, backend, memory)
     _records[model] = _Record(plan.report, required_grad)
     return model
 
@@ -130,10 +133,8 @@ def _check_arguments(model: nn.Module, add_missing_biases: bool, memory: str, ba
         raise ConversionError(f"{type(model).__name__}: convert the model itself, before it is wrapped or compiled")
     if add_missing_biases:
         raise ConversionError("add_missing_biases=True is not available in this version: leave it False")
-    if memory == "compact":
-        raise ConversionError('memory="compact" is not available in this version: use "exact" or "off"')
-    if memory not in ("exact", "off"):
-        raise ConversionError(f'memory must be "exact" or "off", not {memory!r}')
+    if memory not in ("exact", "compact", "off"):
+        raise ConversionError(f'memory must be "exact", "compact" or "off", not {memory!r}')
     if backend not in _BACKENDS:
         raise ConversionError(f"backend must be one of {', '.join(_BACKENDS)}, not {backend!r}")
     for name, module in model.named_modules():
@@ -146,7 +147,12 @@ def _check_arguments(model: nn.Module, add_missing_biases: bool, memory: str, ba
 
 
 def _decide(
-    sites: list[Site], tensors: list[Slot], chosen: BiasRule, whole: ModuleRule, called: set[int] | None
+    sites: list[Site],
+    tensors: list[Slot],
+    chosen: BiasRule,
+    whole: ModuleRule,
+    called: set[int] | None,
+    memory: str,
 ) -> _Plan:
     everything = [name for tensor in tensors for name in tensor.names]
     chosen.check(everything, [name for tensor in tensors for name in tensor.names if tensor.not_bias is None])
@@ -187,7 +193,7 @@ def _decide(
         )
     if not wanted:
         raise ConversionError(_nothing_to_train(tensors, reasons))
-    return _plan(sites, tensors, wanted, reasons, called)
+    return _plan(sites, tensors, wanted, reasons, called, memory)
 
 
 def _refusal(tensor: Slot, owners: list[tuple[Site, str]], head: set[int]) -> str:
@@ -233,6 +239,7 @@ def _plan(
     wanted: dict[int, list[tuple[Site, str]]],
     reasons: dict[int, str],
     called: set[int] | None,
+    memory: str,
 ) -> _Plan:
     own_names: dict[int, set[str]] = collections.defaultdict(set)
     trained, frozen, tied, groups, sizes = {}, {}, {}, {}, {}
@@ -249,7 +256,9 @@ def _plan(
             frozen[name], sizes[name] = reasons[index], numel
     swap = []
     for site in sites:
-        if site.kind is not None and (own_names[id(site)] or site.kind.freezes_statistics):
+        if site.kind is not None and (
+            own_names[id(site)] or site.kind.freezes_statistics or site.keeps_less_in(memory)
+        ):
             swap.append((site, site.kind, frozenset(own_names[id(site)])))
     idle = [site.names[0] for site in sites if called is not None and site.biased and id(site.module) not in called]
     report = ConversionReport(
@@ -265,7 +274,7 @@ def _plan(
     return _Plan(report, swap, [tensors[index].parameter for index in wanted])
 
 
-def _apply(plan: _Plan, tensors: list[Slot], backend: str) -> None:
+def _apply(plan: _Plan, tensors: list[Slot], backend: str, memory: str) -> None:
     done: list[nn.Module] = []
     try:
         for site, kind, own_names in plan.swap:
@@ -273,8 +282,9 @@ def _apply(plan: _Plan, tensors: list[Slot], backend: str) -> None:
             done.append(site.module)
             converted: Any = site.module
             converted.backend = backend
+            converted.memory = memory
             converted.layer_name = site.names[0]
-            converted.set_trained(own_names)
+            converted.__dict__["trained"] = own_names
     except BaseException:
         for module in done:
             layers.restore_layer(module)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._validate import EngineError
-from .layers import BiasLayer
+from .layers import ConvertedLayer
 from .layers.base import STATE
 from .layout import modules_of
 
@@ -36,7 +36,7 @@ class Fingerprint:
         for module in modules_of(model):
             own = module.__dict__
             self._parts.append(self._object(module))
-            skipped = STATE if isinstance(module, BiasLayer) else ()
+            skipped = STATE if isinstance(module, ConvertedLayer) else ()
             for name, value in own.items():
                 kind = type(value)
                 if kind in _DICTS and not value:  # most are empty dictionaries of hooks

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from ._backward import KERNEL_DTYPES, handed_over
 from ._validate import EngineError
-
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def samples_by_position(grad: Tensor, width: int, channels_first: bool) -> Tensor:
@@ -31,6 +30,8 @@ def samples_by_position(grad: Tensor, width: int, channels_first: bool) -> Tenso
         channels_first: dimension 1 is the bias dimension, as in convolutions.
     """
     batch = grad.shape[0]
+    if grad.numel() == 0:
+        return grad.new_empty((batch, 0, width))
     if not channels_first:
         return grad.reshape(batch, -1, width)
     if grad.dim() == 2:
@@ -50,7 +51,7 @@ def bias_grad(grad: Tensor, width: int, channels_first: bool = False, backend: s
     view = grad if plain else samples_by_position(grad, width, channels_first)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return view.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32))
-    if grad.dtype not in _NATIVE_DTYPES:
+    if grad.dtype not in KERNEL_DTYPES:
         return reference.bias_grad(view)
     return backends.serving(backend, grad.device.type).bias_grad(view)
 
@@ -64,6 +65,24 @@ def weight_grad(grad: Tensor, inputs: Tensor) -> Tensor:
     if g.shape[1] == 1:
         return (g.transpose(1, 2) * a).reshape(batch, -1)
     return torch.bmm(g.transpose(1, 2), a).reshape(batch, -1)
+
+
+def deliver(ctx: Any, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the inputs 1 and 2 of a function, the bias and its leaf, from ``rows`` [B, p]: one of them, or none.
+
+    ctx: has ``bias``, the shape and dtype of input 1 (or None).
+    """
+    if ctx.needs_input_grad[2]:
+        return None, rows
+    if ctx.needs_input_grad[1]:
+        shape, dtype = ctx.bias
+        return rows.sum(0).to(dtype).view(shape), None
+    return None, None
+
+
+def shape_of(bias: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    """What :func:`deliver` needs of input 1."""
+    return None if bias is None else (bias.shape, bias.dtype)
 
 
 def _refuse_graph() -> None:
@@ -112,14 +131,19 @@ class BiasGradFunction(torch.autograd.Function):
         elif bias is not None:
             ctx.width, ctx.shape, ctx.dtype = bias.numel(), bias.shape, bias.dtype
         ctx.channels_first, ctx.backend = channels_first, backend
+        if not torch.compiler.is_compiling():
+            ctx.awaits, ctx.sums = (ctx.width, channels_first), None
         return _pass_on(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.shape is None:
             _refuse_graph()
-            return grad, None, bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend), None, None
-        rows = bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend)
+        rows = None if torch.compiler.is_compiling() else handed_over(ctx, grad)
+        if rows is None:
+            rows = bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend)
+        if ctx.shape is None:
+            return grad, None, rows, None, None
         return grad, rows.sum(0).to(ctx.dtype).view(ctx.shape), None, None, None
 
 

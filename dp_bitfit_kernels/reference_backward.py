@@ -65,9 +65,9 @@ def pack_bits(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool or not mask.is_contiguous():
         raise OpError(f"pack_bits: mask must be contiguous bool, got {mask.dtype} with strides {mask.stride()}")
     flat = mask.reshape(-1)
-    padded = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (padded * weights).sum(1, dtype=torch.int32).to(torch.uint8)
+    padded = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8).to(torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded << places).sum(1, dtype=torch.int32).to(torch.uint8)
 
 
 def unpack_bits(bits: Tensor, count: int) -> Tensor:

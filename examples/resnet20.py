@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -15,13 +14,14 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = conv(outputs, outputs, 3, 1), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()  # a module, not a function: convert_model makes it keep a bit an element
         self.downsample = None
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
 class ResNet(nn.Module):
@@ -29,7 +29,7 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: int, classes: int):
         super().__init__()
-        self.conv1, self.bn1 = conv(3, 16, 3, 1), nn.BatchNorm2d(16)
+        self.conv1, self.bn1, self.relu = conv(3, 16, 3, 1), nn.BatchNorm2d(16), nn.ReLU()
         self.layer1, self.layer2, self.layer3 = (
             nn.Sequential(*(Block(before if i == 0 else width, width, stride if i == 0 else 1) for i in range(blocks)))
             for before, width, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
@@ -38,5 +38,5 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, 32, 32] -> logits [B, classes]."""
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(images))))))
+        x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(images))))))
         return self.fc(x.mean((2, 3)))

@@ -109,6 +109,107 @@ class CudaSource:
         return out[:count]
 
 
+class CudaBackwardSource(CudaSource):
+    """And of the ops that keep little for backward. No argument is checked here."""
+
+    def _rows(self, grad: Tensor, reduce: int) -> Tensor:
+        shape = {0: (0,), 1: (grad.shape[0], grad.shape[2]), 2: (grad.shape[0], grad.shape[1])}[reduce]
+        return torch.full(shape, float("nan") if grad.numel() else 0.0)
+
+    def _scale(self, factor, grad, reduce, kept=None, table=None, on=0.0, off=0.0, kind=0):  # type: ignore[no-untyped-def]
+        dx, rows = torch.full_like(grad, float("nan")), self._rows(grad, reduce)
+        if grad.numel() == 0:
+            return dx, rows
+        given = (factor, FLOAT_DTYPES.index(grad.dtype), grad.data_ptr(), *grad.shape, reduce)
+        given += (*(0 if t is None else t.data_ptr() for t in (kept, table)), on, off, kind, dx.data_ptr())
+        shape = self.native.cuda_scale(*given, 0)
+        partial = torch.full(shape, float("nan")) if reduce and shape[1] > 1 else None
+        unread = torch.zeros(1)  # an address that says: launch
+        out = partial if partial is not None else rows if reduce else unread
+        self.native.cuda_scale(*given, out.data_ptr())
+        return dx, rows if partial is None else self.bias_grad(partial)
+
+    def bit_scale(self, x, bits, on, off, reduce):  # type: ignore[no-untyped-def]
+        return self._scale("bits", x, reduce, kept=bits, on=on, off=off)
+
+    def activation_grad(self, grad, x, kind, reduce):  # type: ignore[no-untyped-def]
+        return self._scale("activation", grad, reduce, kept=x, kind=kind)
+
+    def slope_scale(self, grad, codes, reduce):  # type: ignore[no-untyped-def]
+        return self._scale("codes", grad, reduce, kept=codes)
+
+    def level_scale(self, grad, planes, levels, reduce):  # type: ignore[no-untyped-def]
+        return self._scale("levels", grad, reduce, kept=planes, table=levels)
+
+    def affine_grad(self, grad, scale, reduce):  # type: ignore[no-untyped-def]
+        return self._scale("columns", grad, reduce, table=scale)
+
+    def _pack(self, op, x, y, out, edges=None, limits=(0.0, 0.0, 0.0), kind=0):  # type: ignore[no-untyped-def]
+        number = FLOAT_DTYPES.index(x.dtype) if x.dtype in FLOAT_DTYPES else 0
+        places = (0 if t is None else t.data_ptr() for t in (y, out, edges))
+        self.native.cuda_pack(op, number, x.data_ptr(), x.numel(), *places, *limits, kind)
+
+    def _bits(self, x: Tensor, *planes: int) -> Tensor:
+        return torch.full((*planes, (x.numel() + 7) // 8), 0xAA, dtype=torch.uint8)
+
+    def pack_bits(self, mask: Tensor) -> Tensor:
+        bits = self._bits(mask)
+        self._pack("pack_bits", mask, None, bits)
+        return bits
+
+    def clamp_pack(self, x: Tensor, low: float, high: float, slope: float) -> tuple[Tensor, Tensor]:
+        y, bits = torch.full_like(x, float("nan")), self._bits(x)
+        self._pack("clamp_pack", x, y, bits, limits=(low, high, slope))
+        return y, bits
+
+    def clamp_pack_(self, x: Tensor, low: float, high: float, slope: float) -> Tensor:
+        bits = self._bits(x)
+        self._pack("clamp_pack", x, x, bits, limits=(low, high, slope))
+        return bits
+
+    def level_pack(self, x: Tensor, edges: Tensor) -> Tensor:
+        planes = self._bits(x, 3)
+        self._pack("level_pack", x, None, planes, edges)
+        return planes
+
+    def slope_pack(self, x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+        y, codes = torch.full_like(x, float("nan")), torch.full((3, x.numel()), 0xAA, dtype=torch.uint8)
+        self._pack("slope_pack", x, y, codes, kind=kind)
+        return y, codes
+
+    def _norm(self, layer, grad, given, dx, out, shape):  # type: ignore[no-untyped-def]
+        places = (0 if t is None else t.data_ptr() for t in (grad, *given, dx, out))
+        packed = given[0].dtype == torch.int8
+        return self.native.cuda_norm_grad(layer, FLOAT_DTYPES.index(grad.dtype), packed, *places, *shape)
+
+    def layer_norm_grad(self, grad, x, shift, scale, rstd, weight, reduce):  # type: ignore[no-untyped-def]
+        dx, rows, given = torch.full_like(grad, float("nan")), self._rows(grad, reduce), (x, shift, scale, rstd, weight)
+        if grad.numel() == 0:
+            return dx, rows
+        batch, length, width = grad.shape
+        splits = self._norm(True, grad, given, None, None, (batch, 1, length, width))
+        if splits == 0:
+            self._norm(False, grad, given, dx, None, (batch * length, 1, width, 1))
+            return dx, self.bias_grad(grad) if reduce else rows
+        partial = torch.full((batch, splits, width), float("nan")) if reduce and splits > 1 else None
+        out = partial if partial is not None else rows if reduce else None
+        self._norm(True, grad, given, dx, out, (batch, 1, length, width))
+        return dx, rows if partial is None else self.bias_grad(partial)
+
+    def group_norm_grad(self, grad, x, shift, scale, rstd, weight):  # type: ignore[no-untyped-def]
+        dx, rows, groups = torch.full_like(grad, float("nan")), self._rows(grad, 2), scale.shape[-1]
+        if grad.numel() > 0:
+            shape = (grad.shape[0] * groups, groups, grad.shape[1] // groups, grad.shape[2])
+            self._norm(False, grad, (x, shift, scale, rstd, weight), dx, rows, shape)
+        return dx, rows
+
+    def quantize_norm(self, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = torch.full(x.shape, 77, dtype=torch.int8), torch.full(x.shape[:1], float("nan"))
+        places = (t.data_ptr() for t in (mean, rstd, codes, scale))
+        self.native.cuda_quantize_norm(FLOAT_DTYPES.index(x.dtype), x.data_ptr(), *x.shape, *places)
+        return codes, scale
+
+
 def _cpu() -> Lane:
     if (reason := _extension.native_available("cpu")) is not None:
         pytest.skip(reason)
@@ -119,7 +220,7 @@ def _cuda_source() -> Lane:
     pytest.importorskip("pybind11")
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    return Lane(CudaSource(), "cpu")
+    return Lane(CudaBackwardSource(), "cpu")
 
 
 def _interpreter() -> Lane:

@@ -29,19 +29,42 @@ REGISTERS = {
     "noisy_sum_kernel": 64,
     "plain_release_kernel": 64,
     "random_words_kernel": 64,
+    "scale_features_last_kernel": 80,
+    "scale_channels_first_kernel": 80,
+    "ENS0_10ActivationE": 128,  # erf, exp and a division, of eight elements side by side
+    "pack_bits_kernel": 64,
+    "clamp_pack_kernel": 64,
+    "level_pack_kernel": 64,
+    "slope_pack_kernel": 64,
+    "layer_norm_grad_kernel": 128,  # one block of 512
+    "group_norm_grad_kernel": 64,
+    "quantize_norm_kernel": 64,
 }
 # 16-byte loads of global memory, at least.
 WIDE_LOADS = {
-    "features_last_kernelINS0_7Float32ELi4": 4,
-    "features_last_kernelINS0_8BFloat16ELi8": 4,
-    "features_last_kernelINS0_7Float16ELi8": 4,
-    "channels_first_kernelINS0_7Float32ELi4": 4,
-    "channels_first_kernelINS0_8BFloat16ELi8": 4,
-    "channels_first_kernelINS0_7Float16ELi8": 4,
+    "bias_grad_features_last_kernelINS0_7Float32ELi4": 4,
+    "bias_grad_features_last_kernelINS0_8BFloat16ELi8": 4,
+    "bias_grad_features_last_kernelINS0_7Float16ELi8": 4,
+    "bias_grad_channels_first_kernelINS0_7Float32ELi4": 4,
+    "bias_grad_channels_first_kernelINS0_8BFloat16ELi8": 4,
+    "bias_grad_channels_first_kernelINS0_7Float16ELi8": 4,
     "clip_factors_kernel": 4,
     "clipped_sum_kernelILi4ELb0": 4,
     "clipped_sum_kernelILi4ELb1": 8,
     "noisy_sum_kernelILb1": 4,
+    "scale_features_last_kernelINS0_7Float32ELi4": 2,
+    "scale_features_last_kernelINS0_8BFloat16ELi8": 2,
+    "scale_channels_first_kernelINS0_8BFloat16ELi8": 2,
+    "Li8ENS0_10ActivationE": 4,
+    "clamp_pack_kernelINS0_7Float32ELi4": 2,
+    "clamp_pack_kernelINS0_8BFloat16ELi8": 1,
+    "level_pack_kernelINS0_8BFloat16ELi8": 1,
+    "slope_pack_kernelILi4": 1,
+    "layer_norm_grad_kernelINS0_7Float32ES2_Li4": 8,
+    "layer_norm_grad_kernelINS0_8BFloat16ES2_Li8": 4,
+    "layer_norm_grad_kernelINS0_8BFloat16EaLi8": 2,
+    "group_norm_grad_kernelINS0_8BFloat16ES2_Li8": 4,
+    "quantize_norm_kernelINS0_8BFloat16ELi8": 2,
 }
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import native_internals
 import pytest
 import torch
+from backward_cases import GRAD_CALLS, BackwardCase, make_data
 from cases import FLOAT_DTYPES, LAYOUTS, GradCase, GroupCase, make_grad, make_rows
 from lanes import Lane, make_lane
+from test_backward_ops import check_grad_call
 from tolerances import FACTOR_RTOL, assert_sum_close
 
 from dp_bitfit_kernels import reference
@@ -84,3 +86,27 @@ def test_groups_of_a_block_and_of_a_warp(lane: Lane) -> None:
     arguments = (rows, offsets, torch.tensor([True, True]), bounds, bounds, None, 1.0, None)
     for got, want in zip(lane("clip_factors", *arguments), reference.clip_factors(*arguments), strict=True):
         torch.testing.assert_close(got, want, rtol=FACTOR_RTOL, atol=0.0)
+
+
+# Shape, and the op (in the dtypes and sums named) whose cut it is about.
+BACKWARD_CASES = (
+    (BackwardCase(1, 2100, 64, "features last: partial sums in two launches"), "bit_scale of dropout", 1),
+    (BackwardCase(2, 3, 3136, "56 x 56: 64 lanes a channel, over two warps"), "level_scale", 2),
+    (BackwardCase(1, 2, 140_000, "channels first: partial sums in two launches"), "affine_grad", 2),
+    (BackwardCase(2, 6, 196, "14 x 14: packets of four of 16 bits"), "activation_grad of silu", 2),
+    (BackwardCase(1, 40, 768, "a team of two warps a row, two blocks a sample"), "layer_norm_grad", 1),
+    (BackwardCase(1, 33, 4096, "a team is a whole block"), "layer_norm_grad of int8", 1),
+    (BackwardCase(1, 3, 8192, "a block of 512, where a packet is 16 bytes; the widest"), "layer_norm_grad", 1),
+    (BackwardCase(1, 3, 8200, "too wide for a block"), "layer_norm_grad", 1),
+    (BackwardCase(2, 2, 4099, "too wide for a block without packets"), "layer_norm_grad of int8", 0),
+    (BackwardCase(2, 8, 784, "28 x 28: 32 lanes a channel"), "group_norm_grad", 2),
+    (BackwardCase(1, 2, 3136, "lanes of a channel over two warps"), "group_norm_grad of int8", 2),
+    (BackwardCase(1, 2, 300_000, "more packets a lane than one float32 chain may add"), "group_norm_grad", 2),
+    (BackwardCase(2, 600, 1, "channels of one position, more than the block has threads"), "group_norm_grad", 2),
+)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "name", "reduce"), BACKWARD_CASES, ids=str)
+def test_backward(lane: Lane, case: BackwardCase, name: str, reduce: int, dtype: torch.dtype) -> None:
+    check_grad_call(lane, GRAD_CALLS[name], make_data(case, dtype, reduce))

@@ -31,6 +31,9 @@ IMAGE = (
 )
 CIFAR_PRIVATE = "--epsilon 8 --clipping flat --max-grad-norm 4 --lr 1e-2 --head-lr 5e-2"
 
+# memory="exact" against "compact", on 10,000 sentences.
+SMALL = "--epsilon 8 --limit 10000 --batch-size 256 --epochs 3 --lr 5e-3 --checkpoint-every 20"
+
 RUNS: dict[str, dict[str, str]] = {
     "sst2": {
         "bitfit_eps8": "--epsilon 8 --batch-size 1024 --epochs 3 --lr 5e-3 --checkpoint-every 2",
@@ -38,6 +41,11 @@ RUNS: dict[str, dict[str, str]] = {
         "bitfit_eps8_short": "--epsilon 8 --batch-size 1024 --checkpoint-every 2",
         "head_only_eps8": "--epsilon 8 --batch-size 1024 --method head-only --epochs 1",
         "bitfit_non_private": "--non-private --batch-size 64 --lr 1e-3 --head-lr 5e-3 --epochs 1",
+        **{
+            f"10k_{memory}_{seed}": f"{SMALL} --memory {memory} --seed {seed}"
+            for seed in range(3)
+            for memory in ("exact", "compact")
+        },
     },
     "cifar10": {
         "bitfit_eps8": CIFAR_PRIVATE,

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/isa_backward.h"
+
 namespace dpk {
 
 enum class Type : int { float32, bfloat16, float16 };
@@ -36,6 +38,8 @@ struct Kernels {
   void (*words)(uint64_t* out, const ChaChaInput& input, uint64_t first_block, int64_t blocks);
   // out[8 * i + e] = standard normal e of block first_block + i, i < blocks
   void (*normals)(double* out, const ChaChaInput& input, uint64_t first_block, int64_t blocks);
+
+  const BackwardKernels* backward;
 };
 
 // Widest set of loops that this processor runs; fixed for the life of the process.

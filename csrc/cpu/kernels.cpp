@@ -25,6 +25,7 @@ namespace {
 #define DPK_STRING(name) #name
 #define DPK_NAME(name) DPK_STRING(name)
 
+extern const BackwardKernels backward_table;  // kernels_backward.cpp
 extern const Kernels table;
 const Kernels table = {
     DPK_NAME(DPK_ISA),
@@ -35,6 +36,7 @@ const Kernels table = {
     add_rounded,
     words,
     normals,
+    &backward_table,
 };
 
 }  // namespace DPK_ISA

@@ -4,7 +4,10 @@
 #include "cpu/isa.h"
 #include "register.h"
 
-STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CPU, m) { dpk::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CPU, m) {
+  dpk::register_ops(m);
+  dpk::register_backward_ops(m);
+}
 
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition{};

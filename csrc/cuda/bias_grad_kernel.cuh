@@ -1,47 +1,12 @@
 // Loops of bias_grad: rows [B, p] = sum over T of grad [B, T, p], or partial sums [B, splits, p] of chunks of T.
 #pragma once
 
-#include "cuda/device.cuh"
-#include "cuda/launch_plan.h"
+#include "cuda/reduce.cuh"
 
 namespace dpk {
 namespace cuda {
 
-constexpr int kReduceThreads = 256;
 constexpr int kUnroll = 4;  // packets in flight a thread: 64 bytes, some 128 KiB an SM at full occupancy
-
-struct BiasGradArguments {
-  const void* grad;  // [B, T, p]
-  float* out;        // [B, splits, p], neighbouring columns
-  int64_t steps, features;                                // T, p
-  int64_t stride_batch, stride_steps, stride_features;    // of grad, in elements
-  int64_t stride_out_batch, stride_out_split;             // of out, in elements
-  int64_t chunk;                                          // steps that one block sums
-  int64_t splits, tiles;                                  // blocks along T and along p
-  int lanes;                                              // threads side by side along the contiguous dimension
-  bool accumulate;                                        // add to out instead of writing it
-};
-
-// Which part of the tensor a block sums.
-struct Part {
-  int64_t sample, split, tile, first, count;  // steps first ... first + count - 1
-};
-
-__device__ inline Part part_of_block(const BiasGradArguments& a) {
-  const int64_t block = blockIdx.x;
-  Part part{};
-  part.tile = block % a.tiles;
-  part.split = block / a.tiles % a.splits;
-  part.sample = block / a.tiles / a.splits;
-  part.first = part.split * a.chunk;
-  part.count = a.steps - part.first < a.chunk ? a.steps - part.first : a.chunk;
-  return part;
-}
-
-__device__ inline void put(const BiasGradArguments& a, const Part& part, int64_t column, float sum) {
-  float* to = a.out + part.sample * a.stride_out_batch + part.split * a.stride_out_split + column;
-  *to = a.accumulate ? *to + sum : sum;
-}
 
 // Pairs first: a quarter of the additions in a chain, and of its rounding.
 template <class Element, int kCount>
@@ -84,21 +49,7 @@ __global__ void __launch_bounds__(kReduceThreads) bias_grad_features_last_kernel
     }
   }
 
-  __shared__ float shared[kCount][kReduceThreads];  // [i][thread]: neighbouring threads, neighbouring banks
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) shared[i][thread] = sum[i];
-  for (int half = kReduceThreads / 2; half >= a.lanes; half /= 2) {
-    __syncthreads();
-    if (thread < half) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) shared[i][thread] += shared[i][thread + half];
-    }
-  }
-  __syncthreads();
-  if (row == 0 && column < a.features) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) put(a, part, column + i, shared[i][lane]);
-  }
+  fold_rows<kCount>(a, part, column, sum);
 }
 
 // Channels first: T is contiguous. `lanes` threads share one channel and read its positions a packet each, side by
@@ -131,24 +82,7 @@ __global__ void __launch_bounds__(kReduceThreads) bias_grad_channels_first_kerne
       for (int i = 0; i < kCount; ++i) sum[i] += to_float(packet.value[i]);
     }
   }
-#pragma unroll
-  for (int half = kCount / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-  }
-
-  float whole = sum_of_lanes(sum[0], a.lanes < kWarp ? a.lanes : kWarp);
-  if (a.lanes > kWarp) {
-    __shared__ float of_warp[kReduceThreads / kWarp];
-    const int warp = thread / kWarp, warps = a.lanes / kWarp;
-    if (thread % kWarp == 0) of_warp[warp] = whole;
-    __syncthreads();
-    whole = of_warp[warp];
-    if (lane == 0) {
-      for (int w = 1; w < warps; ++w) whole += of_warp[warp + w];
-    }
-  }
-  if (lane == 0 && channel < a.features) put(a, part, channel, whole);
+  fold_lanes<kCount>(a, part, channel, sum);
 }
 
 using BiasGradKernel = void (*)(BiasGradArguments);

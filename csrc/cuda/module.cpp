@@ -3,7 +3,10 @@
 
 #include "register.h"
 
-STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CUDA, m) { dpk::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CUDA, m) {
+  dpk::register_ops(m);
+  dpk::register_backward_ops(m);
+}
 
 PyMODINIT_FUNC PyInit__C_cuda() {
   static PyModuleDef definition{};

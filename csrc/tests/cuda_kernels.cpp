@@ -37,7 +37,10 @@ py::dict plan(const cuda::BiasGradShape& shape) {
 
 }  // namespace
 
+void define_cuda_backward(py::module_& m);
+
 void define_cuda_kernels(py::module_& m) {
+  define_cuda_backward(m);
   m.def("cuda_plan_bias_grad",
         [](int64_t batch, int64_t steps, int64_t features, int64_t stride_batch, int64_t stride_steps,
            int64_t stride_features, int64_t item_bytes, uintptr_t address) {

@@ -45,6 +45,25 @@ inline float __half2float(uint16_t bits) {
                                           : std::ldexp(float(1024 + fraction), exponent - 25);
   return bits >> 15 ? -magnitude : magnitude;
 }
+// Upper 16 bits, to nearest even; any NaN becomes one.
+inline uint16_t __float2bfloat16_rn(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t __bfloat16_as_ushort(uint16_t bits) { return bits; }
+inline uint16_t __half_as_ushort(uint16_t bits) { return bits; }
+// To nearest even: rintf rounds in the steps that a half has at this magnitude.
+inline uint16_t __float2half_rn(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (value != value) return 0x7fff;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
+  const auto steps = static_cast<int>(std::rint(std::ldexp(magnitude, 10 - exponent)));  // 1024 to 2048, if normal
+  return static_cast<uint16_t>(sign | (steps < 1024 ? steps : ((exponent + 15) << 10) + (steps - 1024)));
+}
 // Rounds down; beyond int64 the nearest it can hold, NaN the smallest, as the instruction does.
 inline long long __double2ll_rd(double value) {
   const double floored = std::floor(value);

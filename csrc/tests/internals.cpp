@@ -12,7 +12,8 @@
 
 namespace py = pybind11;
 
-void define_cuda_kernels(py::module_& m);  // cuda_kernels.cpp
+void define_cuda_kernels(py::module_& m);    // cuda_kernels.cpp
+void define_backward_loops(py::module_& m);  // backward_loops.cpp
 
 uint64_t fold_bytes(const char* from, int64_t bytes);
 
@@ -40,6 +41,7 @@ T* pointer(uintptr_t address) {
 
 PYBIND11_MODULE(_dp_bitfit_native_internals, m) {
   define_cuda_kernels(m);
+  define_backward_loops(m);
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const char* name : {"baseline", "avx2"}) {

@@ -16,6 +16,19 @@ _SHAPE_ARGUMENTS = [
 ]  # fmt: skip
 
 
+@triton.jit
+def fold_tile(b_sum, UNIT_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
+    """[BLOCK_T, BLOCK_P] accumulators -> [BLOCK_P], in two steps of chains of at most 16 where the tile allows it,
+    the one inside a thread first."""
+    FOLD: tl.constexpr = 16 if BLOCK_T > 16 else BLOCK_T
+    b_fold = tl.reshape(b_sum, [BLOCK_T // FOLD, FOLD, BLOCK_P])
+    if UNIT_T:
+        b_row = tl.sum(tl.sum(b_fold, axis=1), axis=0)
+    else:
+        b_row = tl.sum(tl.sum(b_fold, axis=0), axis=0)
+    return b_row
+
+
 @triton.jit(do_not_specialize=_SHAPE_ARGUMENTS)
 def bias_grad_kernel(
     p_grad,  # [B, T, p], any strides
@@ -76,13 +89,7 @@ def bias_grad_kernel(
     for t in range(0, t_count, BLOCK_T):
         b_sum += tl.load(p_tile, mask=(o_t < t_count - t)[:, None] & m_p[None, :], other=0.0).to(tl.float32)
         p_tile += BLOCK_T * stride_gt
-    # Folded in two steps of chains of at most 16 where the tile allows it, the one inside a thread first.
-    FOLD: tl.constexpr = 16 if BLOCK_T > 16 else BLOCK_T
-    b_fold = tl.reshape(b_sum, [BLOCK_T // FOLD, FOLD, BLOCK_P])
-    if UNIT_T:
-        b_row = tl.sum(tl.sum(b_fold, axis=1), axis=0)
-    else:
-        b_row = tl.sum(tl.sum(b_fold, axis=0), axis=0)
+    b_row = fold_tile(b_sum, UNIT_T, BLOCK_T, BLOCK_P)
 
     stride_ob = stride_ob.to(tl.int64) // ALIGN_OUT * ALIGN_OUT
     stride_os = stride_os.to(tl.int64) // ALIGN_OUT * ALIGN_OUT

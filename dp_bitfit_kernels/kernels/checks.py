@@ -10,6 +10,7 @@ from dp_bitfit_kernels._validate import OpError
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Above this a float64 no longer holds noise_std * z + 0.5 to a small part of one grid cell.
 NOISE_STD_LIMIT = 2.0**40
+ACTIVATIONS = 4  # gelu, gelu_tanh, silu, quick_gelu
 STREAM_WORDS = 2**35  # 2^32 ChaCha20 blocks of eight 64-bit words
 
 
@@ -37,6 +38,45 @@ def check_grad(op: str, grad: Tensor) -> None:
         raise OpError(
             f"{op}: grad must be float32, bfloat16 or float16, got {grad.dtype}; backend='reference' takes more"
         )
+
+
+def check_float(op: str, name: str, x: Tensor) -> None:
+    """``x`` is contiguous and of a dtype that the kernels load."""
+    if x.dtype not in GRAD_DTYPES or not x.is_contiguous():
+        raise OpError(
+            f"{op}: {name} must be contiguous and float32, bfloat16 or float16, got {x.dtype} with strides "
+            f"{list(x.stride())}; backend='reference' takes more"
+        )
+
+
+def check_reduced(op: str, grad: Tensor, reduce: int) -> None:
+    """``grad`` is [B, R, C], contiguous, and ``reduce`` names a dimension to sum over, or 0."""
+    check_float(op, "grad", grad)
+    if grad.dim() != 3:
+        raise OpError(f"{op}: grad must be [B, R, C], got {grad.dim()} dimensions")
+    if reduce not in (0, 1, 2):
+        raise OpError(f"{op}: reduce must be 0, 1 or 2, got {reduce}")
+
+
+def check_kind(op: str, kind: int) -> None:
+    """``kind`` is the number of an activation."""
+    if not 0 <= kind < ACTIVATIONS:
+        raise OpError(f"{op}: kind must be 0 to {ACTIVATIONS - 1}, got {kind}")
+
+
+def check_norm(
+    op: str, grad: Tensor, x: Tensor, values: dict[str, Tensor | None], shape: tuple[int, ...], weight: Tensor | None
+) -> None:
+    """``x`` is as ``grad`` or int8; shift (or None), scale, rstd are float32 of ``shape``, ``weight`` one a feature."""
+    if x.shape != grad.shape or not x.is_contiguous() or x.dtype not in (grad.dtype, torch.int8):
+        raise OpError(f"{op}: x {x.dtype} {list(x.shape)} does not fit grad {grad.dtype} {list(grad.shape)}")
+    check_device(op, "x", x, grad)
+    for name, value in values.items():
+        if value is not None:
+            check_tensor(op, name, value, torch.float32, shape, grad)
+    if weight is not None:
+        features = grad.shape[2] if op == "layer_norm_grad" else grad.shape[1]
+        check_tensor(op, "weight", weight, torch.float32, (features,), grad)
 
 
 def check_rows(op: str, rows: Tensor) -> None:

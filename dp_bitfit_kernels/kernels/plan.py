@@ -66,8 +66,11 @@ LONGEST_CHAIN = 128
 
 
 @lru_cache(maxsize=4096)
-def plan_bias_grad(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> BiasGradPlan:
-    """Tile and split of ``bias_grad`` for ``shape`` = (B, T, p) and ``strides`` in elements; T, p >= 1."""
+def plan_bias_grad(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, tile: int = TILE) -> BiasGradPlan:
+    """Tile and split of ``bias_grad`` for ``shape`` = (B, T, p) and ``strides`` in elements; T, p >= 1.
+
+    ``tile`` is the number of elements of a tile, for kernels that do more with each.
+    """
     _, t, p = shape
     stride_b, stride_t, stride_p = strides
     # The stride of a dimension of one element is arbitrary, so p = 1 is channels first and T = 1 features last.
@@ -81,8 +84,8 @@ def plan_bias_grad(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: i
         unit, align = "", 1
     widest = CHANNELS_BLOCK_P if unit == "t" else FEATURES_BLOCK_P
     block_p = min(pow2_up(p), widest)
-    block_t = min(_pow4_up(t), TILE // block_p)
-    block_p = min(pow2_up(p), max(block_p, TILE // block_t), 1024)
+    block_t = min(_pow4_up(t), tile // block_p)
+    block_p = min(pow2_up(p), max(block_p, tile // block_t), 1024)
     tiles = cdiv(p, block_p)
     if t <= UNSPLIT_TILES * block_t:
         chunk = cdiv(t, block_t) * block_t

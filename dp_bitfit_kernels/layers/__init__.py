@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from . import conv, linear, norm
-from .base import BiasLayer, LayerKind, convert_layer, is_converted, lookup, register, register_lazy, restore_layer
+from . import activation, conv, linear, norm, pool
+from .base import (
+    BiasLayer,
+    ConvertedLayer,
+    LayerKind,
+    convert_layer,
+    is_converted,
+    lookup,
+    register,
+    register_lazy,
+    restore_layer,
+)
 
 __all__ = [
     "BiasLayer",
+    "ConvertedLayer",
     "LayerKind",
+    "activation",
     "conv",
     "convert_layer",
     "is_converted",
     "linear",
     "lookup",
     "norm",
+    "pool",
     "register",
     "register_lazy",
     "restore_layer",

@@ -1,4 +1,4 @@
-"""What every converted layer shares: the tap on its output, the swap of its class, the registry of kinds.
+"""What every converted layer shares: the swap of its class, the tap on its output, the registry of kinds.
 
 A layer is converted by giving the instance a subclass of its own class, so parameters, buffers, hooks,
 ``isinstance`` and state_dict keys stay as they are; restoring gives it its class back.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +16,64 @@ from torch import Tensor, nn
 from .._validate import BatchLayoutError, ConversionError, EngineError
 from ..functional import BiasGradFunction, apply
 
-# Everything that a conversion or an engine sets on an instance; removed by restore_layer, never copied or pickled
-# beyond the first two.
-STATE = ("trained", "backend", "layer_name", "attachment", "bias_rows", "weight_rows", "ran_in", "trained_before")
-_KEPT = ("trained", "backend", "layer_name")
+# Everything that a conversion or an engine sets on an instance; removed by restore_layer. Copies and pickles take the
+# first four along.
+STATE = (
+    *("trained", "backend", "layer_name", "memory"),
+    *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before"),
+)
+_KEPT = STATE[:4]
 
 
-class BiasLayer(nn.Module):
-    """Mixin in front of a layer's own class.
+class ConvertedLayer(nn.Module):
+    """Mixin in front of a module's own class.
 
     Attributes:
-        trained: names of the layer's own parameters that are trained.
-        backend: which backend serves the per-sample sum.
-        layer_name: the layer's name in the model, for messages.
-        attachment: the ledger of the engine that is attached, or None.
-        bias_rows, weight_rows: leaves [B, p] and [B, p * d] of the open batch, or None.
+        trained: names of the module's own parameters that are trained.
+        backend: which backend serves its ops.
+        layer_name: the module's name in the model, for messages.
+        memory: "exact", "compact" or "off": what is kept for backward.
     """
 
     trained: frozenset[str] = frozenset()
     backend: str = "auto"
     layer_name: str = ""
+    memory: str = "off"
+    converted_from: type[nn.Module]
+
+    @property
+    def lean(self) -> bool:
+        """Whether this forward may run through a function that keeps less for backward than autograd would.
+
+        Not under torch.compile, whose partitioner chooses itself what to keep and fuses what is around it, and not
+        under the transforms of torch.func.
+        """
+        return (
+            self.memory != "off"
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and self.gives_all_gradients()
+        )
+
+    def gives_all_gradients(self) -> bool:
+        """Whether no parameter wants a gradient that the lean function of this class does not give."""
+        return True
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Copies and pickles are unattached: per-sample gradients never travel with a model.
+        state = {k: v for k, v in self.__dict__.items() if k not in STATE or k in _KEPT}
+        return _rebuild, (self.converted_from,), state
+
+
+class BiasLayer(ConvertedLayer):
+    """A converted layer that can have a trained bias.
+
+    Attributes:
+        attachment: the ledger of the engine that is attached, or None.
+        bias_rows, weight_rows: leaves [B, p] and [B, p * d] of the open batch, or None.
+    """
+
     attachment: Any = None
     ran_in: int = -1  # number of the batch that it last ran on
     trained_before: bool = False  # by an engine that is detached
@@ -43,10 +81,6 @@ class BiasLayer(nn.Module):
     weight_rows: Tensor | None = None
 
     channels_first = False
-    converted_from: type[nn.Module]
-
-    def set_trained(self, names: frozenset[str]) -> None:
-        self.__dict__["trained"] = names
 
     def plain_bias(self) -> Tensor | None:
         """The bias as the operation sees it: cut from autograd where the tap delivers its gradient."""
@@ -110,10 +144,20 @@ class BiasLayer(nn.Module):
         bias = self.own_bias() if rows is None else None
         return apply(BiasGradFunction, output, bias, rows, self.channels_first, self.backend)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Copies and pickles are unattached: per-sample gradients never travel with a model.
-        state = {k: v for k, v in self.__dict__.items() if k not in STATE or k in _KEPT}
-        return _rebuild, (self.converted_from,), state
+    def target(self, input: Tensor) -> Target | None:
+        """What a function that computes the output itself is to deliver the bias's gradient to; None: nothing."""
+        if "bias" not in self.trained or not self.recording():
+            return None
+        self.check_rows(input)
+        rows = self.bias_rows
+        return Target(self.own_bias() if rows is None else None, rows)
+
+
+class Target(NamedTuple):
+    """Where a bias's gradient goes: to the bias, summed over the batch, or to its leaf ``rows`` [B, p], per sample."""
+
+    bias: Tensor | None
+    rows: Tensor | None
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
@@ -131,27 +175,29 @@ class LayerKind:
     Attributes:
         name: for the report.
         base: the class whose forward the mixin stands in for.
-        mixin: the forward with the tap.
+        mixin: the forward with the tap, or the one that keeps less for backward.
         bias_names: parameters whose per-sample gradients the kind gives.
         whole_names: parameters it can train when its module is trained whole.
         freezes_statistics: running statistics are used as they are, in training too.
+        keeps_less: in which settings of ``memory`` it is swapped though nothing of it is trained.
         methods: methods that the mixin's forward relies on; a subclass that overrides one is not of this kind.
         problem: says why an instance cannot be converted, or returns None.
     """
 
     name: str
     base: type[nn.Module]
-    mixin: type[BiasLayer]
+    mixin: type[ConvertedLayer]
     bias_names: tuple[str, ...] = ("bias",)
     whole_names: tuple[str, ...] = ("bias",)
     freezes_statistics: bool = False
+    keeps_less: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("forward",)
     problem: Callable[[nn.Module], str | None] = lambda module: None
 
 
 _KINDS: list[LayerKind] = []
 _LAZY: list[Callable[[type], LayerKind | None]] = []
-_CLASSES: dict[type, type[BiasLayer]] = {}
+_CLASSES: dict[type, type[ConvertedLayer]] = {}
 
 
 def register(kind: LayerKind) -> LayerKind:
@@ -181,21 +227,22 @@ def kind_of_class(cls: type) -> LayerKind | None:
 
 def lookup(module: nn.Module) -> LayerKind | None:
     """The kind of ``module``, converted or not; None where no kind fits."""
-    cls = module.converted_from if isinstance(module, BiasLayer) else type(module)
+    cls = module.converted_from if isinstance(module, ConvertedLayer) else type(module)
     if "forward" in module.__dict__:  # an instance whose forward was replaced is not what its class says
         return None
     return kind_of_class(cls)
 
 
 def is_converted(module: nn.Module) -> bool:
-    return isinstance(module, BiasLayer)
+    return isinstance(module, ConvertedLayer)
 
 
-def converted_class(cls: type[nn.Module], kind: LayerKind) -> type[BiasLayer]:
+def converted_class(cls: type[nn.Module], kind: LayerKind) -> type[ConvertedLayer]:
     """The subclass ``(mixin, cls)``, made once for each class."""
     found = _CLASSES.get(cls)
     if found is None:
-        found = type(f"Bias{cls.__name__}", (kind.mixin, cls), {"converted_from": cls, "__module__": __name__})
+        prefix = "Bias" if issubclass(kind.mixin, BiasLayer) else "Lean"
+        found = type(f"{prefix}{cls.__name__}", (kind.mixin, cls), {"converted_from": cls, "__module__": __name__})
         _CLASSES[cls] = found
     return found
 
@@ -207,7 +254,7 @@ def convert_layer(module: nn.Module, kind: LayerKind) -> None:
 
 def restore_layer(module: nn.Module) -> None:
     """Give ``module`` its own class back and remove what conversion set on it."""
-    if isinstance(module, BiasLayer):
+    if isinstance(module, ConvertedLayer):
         for name in STATE:
             module.__dict__.pop(name, None)
         module.__class__ = module.converted_from  # type: ignore[assignment]

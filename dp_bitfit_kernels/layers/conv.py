@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..functional import apply
+from ..functional_window import ConvFunction, Window
 from .base import BiasLayer, LayerKind, register
 
 
@@ -14,9 +16,34 @@ class ConvLayer(BiasLayer):
     weight: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, self.weight, self.plain_bias())  # type: ignore[operator]
-        return self.tap(output)
+        window = self.window(input) if self.lean else None
+        if window is None:
+            output: Tensor = self._conv_forward(input, self.weight, self.plain_bias())  # type: ignore[operator]
+            return self.tap(output)
+        target = self.target(input) or (None, None)
+        return apply(
+            ConvFunction, input, *target, self.weight, self.plain_bias(), window, self.layer_name, self.backend
+        )
+
+    def gives_all_gradients(self) -> bool:
+        bias = self._parameters["bias"]
+        return not self.weight.requires_grad and (bias is None or not bias.requires_grad or "bias" in self.trained)
+
+    def window(self, input: Tensor) -> Window | None:
+        """The geometry where ConvFunction serves: padding by zeros, and a batch."""
+        m = self
+        if input.dim() != len(m.kernel_size) + 2 or m.padding_mode != "zeros" or isinstance(m.padding, str):  # type: ignore[arg-type]
+            return None
+        return Window(m.stride, m.padding, m.dilation, m.groups)  # type: ignore[arg-type]
 
 
 for _base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register(LayerKind(_base.__name__.lower(), _base, ConvLayer, methods=("forward", "_conv_forward")))
+    register(
+        LayerKind(
+            _base.__name__.lower(),
+            _base,
+            ConvLayer,
+            methods=("forward", "_conv_forward"),
+            keeps_less=("exact", "compact"),
+        )
+    )

@@ -2,48 +2,70 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import apply
+from ..functional_norm import BatchNormFunction, GroupNormFunction, LayerNormFunction
 from .base import BiasLayer, LayerKind, register
 
 
-class LayerNormLayer(BiasLayer):
+class _NormLayer(BiasLayer):
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def gives_all_gradients(self) -> bool:
+        weight, bias = self.weight, self.bias
+        return (weight is None or not weight.requires_grad) and (
+            bias is None or not bias.requires_grad or "bias" in self.trained
+        )
+
+
+class LayerNormLayer(_NormLayer):
     """Bias of shape ``normalized_shape``, the last dimensions of the output."""
 
-    weight: Tensor | None
     normalized_shape: tuple[int, ...]
-    eps: float
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.tap(F.layer_norm(input, self.normalized_shape, self.weight, self.plain_bias(), self.eps))
+        shape = self.normalized_shape
+        if not self.lean or input.dim() <= len(shape) or math.prod(shape) == 0:
+            return self.tap(F.layer_norm(input, shape, self.weight, self.plain_bias(), self.eps))
+        target = self.target(input) or (None, None)
+        compact = self.memory == "compact"
+        arguments = (shape, self.weight, self.plain_bias(), self.eps, compact, self.layer_name, self.backend)
+        return apply(LayerNormFunction, input, *target, *arguments)
 
 
-class GroupNormLayer(BiasLayer):
+class GroupNormLayer(_NormLayer):
     channels_first = True
-    weight: Tensor | None
     num_groups: int
-    eps: float
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.tap(F.group_norm(input, self.num_groups, self.weight, self.plain_bias(), self.eps))
+        if not self.lean or input.dim() < 2 or input.numel() == 0:
+            return self.tap(F.group_norm(input, self.num_groups, self.weight, self.plain_bias(), self.eps))
+        target = self.target(input) or (None, None)
+        compact = self.memory == "compact"
+        arguments = (self.num_groups, self.weight, self.plain_bias(), self.eps, compact, self.layer_name, self.backend)
+        return apply(GroupNormFunction, input, *target, *arguments)
 
 
-class BatchNormLayer(BiasLayer):
+class BatchNormLayer(_NormLayer):
     """BatchNorm in its evaluation form, in training too: statistics of a private batch are never computed."""
 
     channels_first = True
-    weight: Tensor | None
     running_mean: Tensor
     running_var: Tensor
-    eps: float
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[operator]
-        output = F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.plain_bias(), False, 0.0, self.eps
-        )
-        return self.tap(output)
+        statistics = (self.running_mean, self.running_var, self.weight, self.plain_bias())
+        if not self.lean or input.dim() < 2:
+            return self.tap(F.batch_norm(input, *statistics, False, 0.0, self.eps))
+        target = self.target(input) or (None, None)
+        return apply(BatchNormFunction, input, *target, *statistics, self.eps, self.layer_name, self.backend)
 
 
 def _needs_statistics(module: nn.Module) -> str | None:
@@ -52,8 +74,8 @@ def _needs_statistics(module: nn.Module) -> str | None:
     return None
 
 
-register(LayerKind("layernorm", nn.LayerNorm, LayerNormLayer))
-register(LayerKind("groupnorm", nn.GroupNorm, GroupNormLayer))
+register(LayerKind("layernorm", nn.LayerNorm, LayerNormLayer, keeps_less=("compact",)))
+register(LayerKind("groupnorm", nn.GroupNorm, GroupNormLayer, keeps_less=("compact",)))
 for _base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
     register(
         LayerKind(

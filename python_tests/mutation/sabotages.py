@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from sabotages_capture import CAPTURED
+from sabotages_memory import MEMORY
 from sabotages_noise import NOISE
 from sabotages_sensitivity import SENSITIVITY
 from sabotages_state import STATE
 
-SABOTAGES = (*SENSITIVITY, *NOISE, *STATE, *CAPTURED)
+SABOTAGES = (*SENSITIVITY, *NOISE, *STATE, *CAPTURED, *MEMORY)

@@ -72,8 +72,7 @@ SENSITIVITY = (
     Sabotage(
         "a private bias gets its raw gradient, too",
         "functional.py",
-        "            return grad, None, bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend), None, None",
-        "            rows = bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend)\n"
+        "            return grad, None, rows, None, None",
         "            return grad, rows.sum(0), rows, None, None",
         (ORACLE,),
         also=(("layers/base.py", "bias = self.own_bias() if rows is None else None", "bias = self.own_bias()"),),
@@ -88,9 +87,10 @@ SENSITIVITY = (
     Sabotage(
         "create_graph empties the ledger",
         "functional.py",
-        "            _refuse_graph()\n            return grad, None, bias_grad(",
-        "            return grad, None, bias_grad(",
+        "        if ctx.shape is None:\n            _refuse_graph()\n",
+        "",
         (f"{ENGINE}::test_create_graph_refused",),
+        also=(("_backward.py", "    if torch.is_grad_enabled():\n        raise", "    if False:\n        raise"),),
     ),
     Sabotage(
         "a second forward counts a sample twice",
@@ -122,9 +122,9 @@ SENSITIVITY = (
     ),
     Sabotage(
         "BatchNorm learns from private batches",
-        "layers/norm.py",
-        "self.plain_bias(), False, 0.0, self.eps",
-        "self.plain_bias(), self.training, 0.1, self.eps",
+        "functional_norm.py",
+        "weight, shift, False, 0.0, eps)",
+        "weight, shift, True, 0.1, eps)",
         ("test_layers.py::test_outputs_are_the_originals",),
     ),
     Sabotage(

@@ -11,6 +11,7 @@ recorded: it is built, warmed up and stepped under one profile, and only the las
 
     peak        most bytes alive at any instant of the step, everything included
     resident    bytes alive when the step begins: parameters, state, batch, and what the last step left behind
+    after       bytes alive when the step has ended and its result is still held: after a forward, what it keeps
 
 Not seen: what is not a tensor, and scratch that a library takes from malloc directly (MKL packing buffers, the native
 kernels' partial sums of a few KB a thread).
@@ -26,13 +27,14 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-_MARK = "bench.memory.step"
+_MARK = "dp_bitfit_kernels.step"
 
 
 @dataclass(frozen=True)
 class Peak:
     peak: int  # bytes
     resident: int  # bytes
+    after: int  # bytes
     holders: dict[str, int] = field(default_factory=dict, repr=False)  # op path -> bytes alive at the peak
 
 
@@ -48,8 +50,9 @@ def peak_bytes(build: Callable[[], Callable[[], object]], *, warm_up: int = 1) -
             step()
         gc.collect()
         with record_function(_MARK):
-            step()
+            result = step()
         del step
+    del result
     return _replay(recorded)
 
 
@@ -59,7 +62,7 @@ def _replay(recorded: profile) -> Peak:
     blocks = [(event, path) for event, path in events if event.name == "[memory]"]
     blocks.sort(key=lambda pair: pair[0].start_time_ns)
 
-    alive = peak = resident = 0
+    alive = peak = resident = after = 0
     holding: dict[int, tuple[int, str]] = {}
     at_peak: dict[int, tuple[int, str]] = {}
     entered = False
@@ -74,12 +77,13 @@ def _replay(recorded: profile) -> Peak:
             holding[pointer] = (size, " > ".join(path[-4:]))
         else:
             holding.pop(pointer, None)
+        after = alive
         if entered and alive > peak:
             peak, at_peak = alive, dict(holding)
     held: Counter[str] = Counter()
     for size, where in at_peak.values():
         held[where] += size
-    return Peak(peak, resident, dict(held.most_common()))
+    return Peak(peak, resident, after, dict(held.most_common()))
 
 
 def _walk(events: list[Any], path: tuple[str, ...]) -> Iterator[tuple[Any, tuple[str, ...]]]:

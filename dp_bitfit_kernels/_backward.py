@@ -1,0 +1,116 @@
+"""What the functions that keep little for backward share: memory order, the sum handed to the layer before, errors.
+
+**Handing sums over.** Where the output of a biased layer goes straight into an element-wise module, that module's
+backward produces the very gradient that the layer's bias sums. It takes the sum in the same visit and puts it on the
+layer's node of the graph (``node.sums``). The layer must not believe it blindly: autograd may have added a second
+gradient, a hook may have changed it. So the layer uses the sum only if the gradient that it receives *is* the tensor
+that was summed, with the version that it had then, and otherwise takes the sum itself. The tensor is held until the
+layer has looked, so its identity cannot pass to another, and autograd, seeing it held, does not add into it in place.
+Nothing of this outlives the node: a graph that is dropped takes its sums along. Under torch.compile none of this runs;
+Inductor fuses the traced sum with what produces the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._validate import EngineError
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serving(backend: str, tensor: Tensor) -> backends.Backend:
+    """The backend for ``tensor``; float64 (gradcheck) is the reference's alone."""
+    name = backend if tensor.dtype in KERNEL_DTYPES else "reference"
+    return backends.serving(name, tensor.device.type)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the elements of an image x [B, C, ...] lie in memory with the channels innermost, and only so."""
+    if x.is_contiguous() or x.dim() not in (4, 5):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def in_order(x: Tensor, channels_last: bool) -> Tensor:
+    """x as a contiguous tensor, its channels moved last where asked for; a view where the memory allows it."""
+    return (x.movedim(1, -1) if channels_last else x).contiguous()
+
+
+def out_of_order(x: Tensor, channels_last: bool) -> Tensor:
+    """Undoes :func:`in_order`."""
+    return x.movedim(-1, 1) if channels_last else x
+
+
+def not_a_view(y: Tensor) -> Tensor:
+    """The same memory; in-place operations on a function's output are legal only where it is no view."""
+    return y.data if y._is_view() else y
+
+
+def awaiting(x: Tensor) -> Any:
+    """The node of a layer that will sum the gradient of its output ``x`` over T for its bias, or None."""
+    node = x.grad_fn
+    return node if getattr(node, "awaits", None) is not None else None
+
+
+def three_dimensional(x: Tensor, node: Any, channels_last: bool) -> tuple[Tensor, int]:
+    """x, in memory order, as [B, R, C], and which dimension the layer of ``node`` sums (0: there is none)."""
+    if node is None:
+        return x.view(1, 1, x.numel()), 0
+    width, channels_first = node.awaits
+    batch = x.shape[0]
+    if x.numel() == 0:
+        return x.view(1, 1, 0), 0
+    if channels_first and not channels_last and x.dim() > 2:
+        return x.view(batch, width, -1), 2
+    return x.view(batch, -1, width), 1
+
+
+def visit(ctx: Any, grad: Tensor, op: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:
+    """``op`` on ``grad`` in the memory order of the forward, and the sums that it took left with the layer before.
+
+    ctx: has ``node`` (see :func:`awaiting`) and ``channels_last``. op: ([B, R, C], reduce) -> (result, rows).
+    """
+    ordered = in_order(grad, ctx.channels_last)
+    view, reduce = three_dimensional(ordered, ctx.node, ctx.channels_last)
+    result, rows = op(view, reduce)
+    dx = out_of_order(result.view(ordered.shape), ctx.channels_last)
+    if reduce:
+        ctx.node.sums = (dx, dx._version, rows)
+    return dx
+
+
+def handed_over(ctx: Any, grad: Tensor) -> Tensor | None:
+    """The per-sample sums of ``grad`` [B, p] that its producer left, if they are proven to be of this gradient."""
+    sums, ctx.sums = ctx.sums, None
+    if sums is not None and sums[0] is grad and sums[1] == grad._version:
+        rows: Tensor = sums[2]
+        return rows
+    return None
+
+
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """``ctx.saved_tensors``, with an error that names the layer where one was changed after the forward."""
+    try:
+        tensors: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise EngineError(
+            f"layer {ctx.layer!r}: what it needs for backward was changed in place after it ran ({error})"
+        ) from error
+    return tensors
+
+
+def refuse_graph(ctx: Any) -> None:
+    """The backward of a lean function is not differentiable itself."""
+    if torch.is_grad_enabled():
+        raise EngineError(
+            f"layer {ctx.layer!r}: backward(create_graph=True) is not possible where only what the first derivative "
+            'needs is kept; for second derivatives convert the model with memory="off", without an engine'
+        )

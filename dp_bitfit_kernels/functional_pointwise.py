@@ -1,0 +1,179 @@
+"""Element-wise modules that keep bits: clamps (ReLU and friends), dropout, activations.
+
+Kept for backward, an element: one bit (clamps, dropout); the input itself (GELU, SiLU: the gradient is that of
+PyTorch's own formula); 24 bits (activations spelled out in several operations, whose derivative is kept as a number
+in fixed point, no further from it than float32 rounding); 3 bits (memory="compact": the derivative as one of eight
+levels).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import few_bits
+from ._backward import (
+    awaiting,
+    in_order,
+    is_channels_last,
+    not_a_view,
+    out_of_order,
+    refuse_graph,
+    saved,
+    serving,
+    visit,
+)
+from .reference_backward import KINDS
+
+_GELU, _GELU_TANH, _SILU, _ = range(len(KINDS))
+
+
+class _Pointwise(torch.autograd.Function):
+    """The backward of whatever multiplies the gradient by something packed."""
+
+    @staticmethod
+    def begin(ctx: Any, x: Tensor, layer: str, backend: str) -> Tensor:
+        """Note what the backward needs of ``x`` besides values; returns x in memory order."""
+        ctx.node, ctx.layer, ctx.backend = awaiting(x), layer, backend
+        ctx.channels_last = is_channels_last(x)
+        return in_order(x, ctx.channels_last)
+
+
+class ClampFunction(_Pointwise):
+    """ReLU, ReLU6, Hardtanh and LeakyReLU: y = x between low and high, else the limit or slope * x. Keeps one bit."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, low: float, high: float, slope: float, inplace: bool, layer: str, backend: str
+    ) -> Tensor:
+        ordered = _Pointwise.begin(ctx, x, layer, backend)
+        ops = serving(backend, x)
+        ctx.slope = slope
+        if inplace and ordered.data_ptr() == x.data_ptr():
+            bits = ops.clamp_pack_(ordered, low, high, slope)
+            y = x
+        else:
+            y, bits = ops.clamp_pack(ordered, low, high, slope)
+            y = not_a_view(out_of_order(y, ctx.channels_last))
+            if inplace:
+                y = x.copy_(y)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(bits)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph(ctx)
+        (bits,) = saved(ctx)
+        ops = serving(ctx.backend, grad)
+        dx = visit(ctx, grad, lambda g, reduce: ops.bit_scale(g, bits, 1.0, ctx.slope, reduce))
+        return dx, None, None, None, None, None, None
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_scale(p: float, dtype: torch.dtype, fused: bool) -> float:
+    """1 / (1 - p) as the module that is replaced rounds it."""
+    return 1.0 / (1.0 - p) if fused else float(torch.ones((), dtype=dtype).div_(1.0 - p))
+
+
+class DropoutFunction(_Pointwise):
+    """Dropout by torch's own generator and in its own order: the same mask as F.dropout. Keeps one bit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, inplace: bool, layer: str, backend: str) -> Tensor:
+        ordered = _Pointwise.begin(ctx, x, layer, backend)
+        ops = serving(backend, x)
+        fused = x.device.type != "cpu" and not inplace
+        ctx.scale = _kept_scale(p, x.dtype, fused)
+        if fused:
+            y, keep = torch.native_dropout(x, p, True)
+            bits = ops.pack_bits(in_order(keep, ctx.channels_last))
+        else:
+            noise = torch.bool if x.device.type == "cpu" else x.dtype  # a CPU draws the same bits for every dtype
+            keep = torch.empty_like(x, dtype=noise).bernoulli_(1.0 - p).bool()
+            bits = ops.pack_bits(in_order(keep, ctx.channels_last))
+            flat = ordered.view(1, 1, ordered.numel())
+            y = ops.bit_scale(flat, bits, ctx.scale, 0.0, 0)[0].view(ordered.shape)
+            y = not_a_view(out_of_order(y, ctx.channels_last))
+            if inplace:
+                y = x.copy_(y)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(bits)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph(ctx)
+        (bits,) = saved(ctx)
+        ops = serving(ctx.backend, grad)
+        dx = visit(ctx, grad, lambda g, reduce: ops.bit_scale(g, bits, ctx.scale, 0.0, reduce))
+        return dx, None, None, None, None
+
+
+def activate(x: Tensor, kind: int) -> Tensor:
+    """Activation number ``kind`` by torch's own operation where there is one."""
+    if kind == _SILU:
+        return F.silu(x)
+    if kind in (_GELU, _GELU_TANH):
+        return F.gelu(x, approximate="tanh" if kind == _GELU_TANH else "none")
+    return x * torch.sigmoid(1.702 * x)
+
+
+class ActivationFunction(_Pointwise):
+    """GELU in all its spellings, SiLU, QuickGELU.
+
+    spelled: the module writes its formula out in several operations, so that there is no gradient formula of torch's
+    to be equal to: y is then within 2 units in the last place of max(|x|, |y|), and a float32 derivative is kept in 24
+    bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: int, spelled: bool, compact: bool, layer: str, backend: str) -> Tensor:
+        ordered = _Pointwise.begin(ctx, x, layer, backend)
+        ops = serving(backend, x)
+        ctx.kind, ctx.packed = kind, ""
+        if compact and x.dtype != torch.float64:
+            ctx.packed = "levels"
+            edges, _ = few_bits.tables(kind, x.device)
+            ctx.save_for_backward(ops.level_pack(ordered, edges))
+            return activate(x, kind)
+        if spelled and x.dtype == torch.float32:
+            ctx.packed = "slopes"
+            y, codes = ops.slope_pack(ordered, kind)
+            ctx.save_for_backward(codes)
+            return not_a_view(out_of_order(y, ctx.channels_last))
+        ctx.save_for_backward(x)
+        return activate(x, kind)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph(ctx)
+        (kept,) = saved(ctx)
+        ops, kind = serving(ctx.backend, grad), ctx.kind
+        if ctx.packed == "levels":
+            _, levels = few_bits.tables(kind, grad.device)
+            dx = visit(ctx, grad, lambda g, reduce: ops.level_scale(g, kept, levels, reduce))
+        elif ctx.packed == "slopes":
+            dx = visit(ctx, grad, lambda g, reduce: ops.slope_scale(g, kept, reduce))
+        elif ctx.node is None and kind <= _SILU:
+            dx = _torchs_own(grad, kept, kind)
+        else:
+            x = in_order(kept, ctx.channels_last)
+            dx = visit(ctx, grad, lambda g, reduce: ops.activation_grad(g, x.view(g.shape), kind, reduce))
+        return dx, None, None, None, None, None
+
+
+def _torchs_own(grad: Tensor, x: Tensor, kind: int) -> Tensor:
+    """Where no sum is to be taken: the bits of the module that is replaced."""
+    dx: Tensor
+    if kind == _SILU:
+        dx = torch.ops.aten.silu_backward(grad, x)
+    else:
+        dx = torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if kind == _GELU_TANH else "none")
+    return dx
