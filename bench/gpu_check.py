@@ -30,12 +30,13 @@ from bench import results  # noqa: E402
 from bench.environment import environment  # noqa: E402
 
 # Named, because collecting the other tests imports packages that a GPU machine may lack.
-GPU_TESTS = ["python_tests/test_ops.py", "python_tests/test_gpu_step.py"]
+GPU_TESTS = [f"python_tests/test_{name}.py" for name in ("ops", "backward_ops", "gpu_step")]
 # name -> (seconds it may take, what it runs)
 PARTS: dict[str, tuple[int, list[str]]] = {
-    "build": (90, []),
-    "tests": (190, ["-m", "pytest", *GPU_TESTS, "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20"]),
-    "kernels": (90, ["-m", "bench.bench_gpu_kernels"]),
+    "build": (110, []),
+    "tests": (200, ["-m", "pytest", *GPU_TESTS, "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20"]),
+    "kernels": (60, ["-m", "bench.bench_gpu_kernels"]),
+    "backward": (60, ["-m", "bench.bench_gpu_backward"]),
     "step": (165, ["-m", "bench.bench_gpu_step"]),
 }
 
