@@ -93,6 +93,10 @@ def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool
         return "its parameters are used by the MultiheadAttention around it, which never calls it"
     if nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
+    own = vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    taken = [] if layers.is_converted(module) else sorted(layers.base.NAMES & own)
+    if kind is not None and taken:
+        return f"it has attributes of its own that conversion needs: {', '.join(taken)}"
     if kind is not None:
         return kind.problem(module) or ""
     for base in type(module).__mro__[1:]:

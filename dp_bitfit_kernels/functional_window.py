@@ -69,7 +69,7 @@ class ConvFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.window, ctx.layer, ctx.backend, ctx.bias = window, layer, backend, shape_of(bias)
         ctx.outline = _outline(x)
-        if bias is not None or rows is not None:
+        if (bias is not None or rows is not None) and not torch.compiler.is_compiling():
             ctx.awaits, ctx.sums = (weight.shape[0], True), None
         ctx.save_for_backward(weight)
         convolution = _CONVOLUTIONS[len(window.stride)]
@@ -81,7 +81,7 @@ class ConvFunction(torch.autograd.Function):
         (weight,) = saved(ctx)
         to_bias: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            sums = handed_over(ctx, grad)
+            sums = None if torch.compiler.is_compiling() else handed_over(ctx, grad)
             to_bias = deliver(ctx, bias_grad(grad, weight.shape[0], True, ctx.backend) if sums is None else sums)
         dx = None
         if ctx.needs_input_grad[0]:

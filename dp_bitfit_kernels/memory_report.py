@@ -100,8 +100,10 @@ class MemoryReport:
             start = 0.0
             for number, kind in enumerate(kinds):
                 size = footprint.kept.get(kind, 0) / 2**20
-                name = {"label": kind} if row == 0 else {}
-                axis.barh(label, size, left=start, color=f"C{number % 10}", hatch="/" * (number // 10), **name)
+                label_once = kind if row == 0 else f"_{kind}"  # an underscore keeps it out of the legend
+                axis.barh(
+                    label, size, left=start, color=f"C{number % 10}", hatch="/" * (number // 10), label=label_once
+                )
                 start += size
             axis.text(start, row, f" {start:,.1f}", va="center", fontsize=8)
         axis.invert_yaxis()
@@ -156,23 +158,23 @@ def _arguments(sample_batch: Any) -> tuple[Any, Any]:
 @contextlib.contextmanager
 def _unswapped(model: nn.Module) -> Iterator[None]:
     """Every converted module with its own class; BatchNorm by its statistics."""
-    swapped = [(module, type(module)) for module in model.modules() if layers.is_converted(module)]
+    swapped = [(module, type(module)) for module in model.modules() if isinstance(module, layers.ConvertedLayer)]
     modes = [(m, m.training) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     try:
         for module, _ in swapped:
             module.__class__ = module.converted_from  # type: ignore[assignment]
-        for module, _ in modes:
-            module.training = False
+        for normalisation, _ in modes:
+            normalisation.training = False
         yield
     finally:
         for module, cls in swapped:
             module.__class__ = cls
-        for module, mode in modes:
-            module.training = mode
+        for normalisation, mode in modes:
+            normalisation.training = mode
 
 
 def _own_class(module: nn.Module) -> str:
-    cls = module.converted_from if layers.is_converted(module) else type(module)
+    cls = module.converted_from if isinstance(module, layers.ConvertedLayer) else type(module)
     return cls.__name__ if not any(True for _ in module.children()) else f"functional calls in {cls.__name__}"
 
 

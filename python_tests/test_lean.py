@@ -362,3 +362,28 @@ def test_compiles_in_one_graph(compiler: str, memory: str) -> None:
         results.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_convolution_keeps_no_input() -> None:
+    """The one module of which the compiler could not find that out itself."""
+
+    def kept(memory: str) -> int:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        layers = (nn.Conv1d(2, 4, 1), nn.Conv1d(4, 64, 3, bias=False), nn.Conv1d(64, 4, 3, bias=False))
+        model = dpk.convert_model(nn.Sequential(*layers), memory=memory)
+        return kept_bytes(torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(3, 2, 40))
+
+    assert kept("off") - kept("exact") >= 3 * 4 * 64 * 38
+
+
+@pytest.mark.parametrize("own", ["memory", "backend"])
+def test_attributes_of_the_same_name_are_left_alone(own: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model[1].register_buffer(own, torch.zeros(2))
+    dpk.convert_model(model)
+    assert type(model[1]) is nn.ReLU
+    dpk.restore_model(model)
+    model[0].register_buffer(own, torch.zeros(2))
+    with pytest.raises(dpk.UnsupportedModuleError, match=f"attributes of its own.*{own}"):
+        dpk.convert_model(model)

@@ -151,7 +151,11 @@ def test_hugging_face_models_are_fully_covered(family: str) -> None:
     assert set(report.trained) == bias_names(model) | weights
     assert set(report.frozen.values()) == {NOT_A_BIAS}
     assert report.never_called == ()
-    assert torch.equal(model(tokens).logits, expected)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected)
+    if family == "gpt2":  # gelu_new, six operations, is one where a gradient is recorded
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=0.0, atol=2.0**-22)
+    assert family == "gpt2" or torch.equal(model(tokens).logits, expected)
     model.train()(tokens).logits.square().sum().backward()
     assert all(model.get_parameter(name).grad is not None for name in report.trained)
     if family.endswith("mlm"):

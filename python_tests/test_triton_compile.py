@@ -143,7 +143,7 @@ BACKWARD_CASES = (
         for k in range(4)
     ),
     Case("image_silu", kernels.activation_grad, (*(meta(*IMAGE, dtype=BF16),) * 2, 2, 2), 4, 128, 2),
-    *(Case(f"text_{k}", kernels.slope_pack, (meta(*TEXT), k), 4, 80, 4, erf=k == 0) for k in range(4)),
+    *(Case(f"text_{k}", kernels.slope_pack, (meta(*TEXT), k), 2, 96, 2, erf=k == 0) for k in range(4)),
     Case("text", kernels.slope_scale, scale_arguments(TEXT, F32, meta(3, math.prod(TEXT), dtype=U8), 1), 4, 112, 4),
     Case("text_bf16", kernels.level_scale, scale_arguments(TEXT, BF16, bits(TEXT, 3), meta(8), 1), 2, 128, 2),
     Case("image_bf16", kernels.affine_grad, scale_arguments(IMAGE, BF16, meta(256), 2), 2, 96, 2),

@@ -23,6 +23,7 @@ STATE = (
     *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before"),
 )
 _KEPT = STATE[:4]
+NAMES = frozenset(STATE)
 
 
 class ConvertedLayer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import apply
@@ -16,7 +17,7 @@ class ConvLayer(BiasLayer):
     weight: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        window = self.window(input) if self.lean else None
+        window = self.window(input) if self.lean or self.traced() else None
         if window is None:
             output: Tensor = self._conv_forward(input, self.weight, self.plain_bias())  # type: ignore[operator]
             return self.tap(output)
@@ -24,6 +25,10 @@ class ConvLayer(BiasLayer):
         return apply(
             ConvFunction, input, *target, self.weight, self.plain_bias(), window, self.layer_name, self.backend
         )
+
+    def traced(self) -> bool:
+        """Under torch.compile a convolution's backward has the input as an argument, which nothing can leave out."""
+        return self.memory != "off" and torch.compiler.is_compiling() and self.gives_all_gradients()
 
     def gives_all_gradients(self) -> bool:
         bias = self._parameters["bias"]
