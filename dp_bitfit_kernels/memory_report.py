@@ -183,12 +183,12 @@ def _footprint(model: nn.Module, sample_batch: Any, batch: int) -> Footprint:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if next(model.parameters()).device.type not in ("cpu", "cuda"):
         return Footprint(kept, 0, None, None)
-    held, peak = _measure(model, sample_batch)
+    held, peak = _held(model, sample_batch), _peak(model, sample_batch)
     if batch < 2:
         return Footprint(kept, held, None, None)
     half = batch // 2
     part = map_tensors(sample_batch, functools.partial(_first, batch=batch, count=half))
-    _, smaller = _measure(model, part)
+    smaller = _peak(model, part)
     per_sample = (peak - smaller) / (batch - half)
     model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     fixed = peak - batch * per_sample + model_bytes + _STATE_BYTES * trained
@@ -239,19 +239,26 @@ def _loss(output: Any) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
-def _measure(model: nn.Module, sample_batch: Any) -> tuple[int, int]:
-    """Bytes held after a forward, and the most at any instant of forward and backward; both above what was there."""
+def _held(model: nn.Module, sample_batch: Any) -> int:
+    """Bytes held after a forward, above what was there."""
 
     def forward() -> Any:
         with torch.enable_grad():
             return call(model, sample_batch)
 
+    return _added(forward)[0]
+
+
+def _peak(model: nn.Module, sample_batch: Any) -> int:
+    """The most bytes at any instant of forward and backward, above what was there."""
+
     def step() -> None:
-        _loss(forward()).backward()
+        with torch.enable_grad():
+            _loss(call(model, sample_batch)).backward()
         for parameter in model.parameters():
             parameter.grad = None
 
-    return _added(forward)[0], _added(step)[1]
+    return _added(step)[1]
 
 
 def _added(step: Callable[[], Any]) -> tuple[int, int]:

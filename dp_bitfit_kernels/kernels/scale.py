@@ -228,7 +228,7 @@ def _scale(
             BLOCK_T=plan.block_t,
             BLOCK_P=plan.block_p,
             num_warps=4,
-            maxnreg=128,  # without it ptxas may aim at more blocks and spill
+            maxnreg=128 if plan.align == 1 else None,  # there ptxas may aim at more blocks, and spill
             enable_fp_fusion=False,
         )
     return dx, bias_grad(out) if reduce and plan.splits > 1 else out.view(shape)
