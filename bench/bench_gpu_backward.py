@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.bench_gpu_kernels import available
-from bench.gpu_timing import copy_bandwidth, graph_seconds, rotated
+from bench.gpu_timing import copy_bandwidth, graph_seconds, op_lines, rotated
 from dp_bitfit_kernels import reference_backward as reference
 
 TEXT, IMAGE = (32, 512, 768), (32, 256, 56 * 56)
@@ -158,16 +158,7 @@ def run(copy: float) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    lines = [f"copy {found['copy_bytes_per_s'] / 1e12:.2f} TB/s"]
-    for name, case in found["ops"].items():
-        cells = [
-            f"{who} {value['us']:7.1f} us {value['of_copy']:5.2f} of copy"
-            if value["passed"]
-            else f"{who} NO NUMBER ({value['reason']})"
-            for who, value in case.items()
-            if isinstance(value, dict)
-        ]
-        lines.append(f"{name:32s} " + "   ".join(cells))
+    lines = [f"copy {found['copy_bytes_per_s'] / 1e12:.2f} TB/s", *op_lines(found["ops"])]
     return lines
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_timing import copy_bandwidth, eager_seconds, graph_seconds, rotated
+from bench.gpu_timing import copy_bandwidth, eager_seconds, graph_seconds, op_lines, rotated
 from dp_bitfit_kernels import backends, reference
 
 BACKENDS = ("native", "triton")
@@ -118,16 +118,7 @@ def bench_release(copy: float) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    lines = [f"copy {found['copy_bytes_per_s'] / 1e12:.2f} TB/s"]
-    for name, case in {**found["bias_grad"], **found["small"]}.items():
-        cells = [
-            f"{who} {value['us']:7.1f} us {value['of_copy']:5.2f} of copy, eager {value['eager_us']:6.1f} us"
-            if value["passed"]
-            else f"{who} NO NUMBER ({value['reason']})"
-            for who, value in case.items()
-            if isinstance(value, dict)
-        ]
-        lines.append(f"{name:36s} " + "   ".join(cells))
+    lines = [f"copy {found['copy_bytes_per_s'] / 1e12:.2f} TB/s", *op_lines({**found["bias_grad"], **found["small"]})]
     release = found["release"]
     lines.append(f"ledger {LEDGER[0]} x {LEDGER[1]}: reading it twice takes {release['read_twice_us']:.1f} us")
     for who, value in release.items():

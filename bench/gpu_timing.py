@@ -59,3 +59,20 @@ def copy_bandwidth() -> float:
     target: Tensor = torch.empty_like(source)
     seconds = graph_seconds(lambda _: target.copy_(source), [0, 1])
     return 2 * source.numel() * 4 / seconds
+
+
+def op_lines(cases: dict[str, Any]) -> list[str]:
+    """A line a case: each contender's time and share of the copy's bandwidth, or why it has no number."""
+    lines = []
+    for name, case in cases.items():
+        cells = []
+        for who, value in case.items():
+            if not isinstance(value, dict):
+                continue
+            if not value["passed"]:
+                cells.append(f"{who} NO NUMBER ({value['reason']})")
+                continue
+            eager = f", eager {value['eager_us']:6.1f} us" if "eager_us" in value else ""
+            cells.append(f"{who} {value['us']:7.1f} us {value['of_copy']:5.2f} of copy{eager}")
+        lines.append(f"{name:36s} " + "   ".join(cells))
+    return lines

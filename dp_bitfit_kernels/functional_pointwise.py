@@ -33,8 +33,6 @@ _GELU, _GELU_TANH, _SILU, _ = range(len(KINDS))
 
 
 class _Pointwise(torch.autograd.Function):
-    """The backward of whatever multiplies the gradient by something packed."""
-
     @staticmethod
     def begin(ctx: Any, x: Tensor, layer: str, backend: str) -> Tensor:
         """Note what the backward needs of ``x`` besides values; returns x in memory order."""
@@ -43,7 +41,29 @@ class _Pointwise(torch.autograd.Function):
         return in_order(x, ctx.channels_last)
 
 
-class ClampFunction(_Pointwise):
+class _Bits(_Pointwise):
+    """What multiplies its gradient by ``ctx.factors``: one where a bit is set, the other where it is not."""
+
+    @staticmethod
+    def end(ctx: Any, x: Tensor, y: Tensor, bits: Tensor, inplace: bool) -> Tensor:
+        """Keep the bits; y, in memory order, becomes the output, or is written over ``x`` where it is not yet."""
+        ctx.save_for_backward(bits)
+        y = not_a_view(out_of_order(y, ctx.channels_last))
+        if not inplace:
+            return y
+        ctx.mark_dirty(x)
+        return x if y.data_ptr() == x.data_ptr() else x.copy_(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph(ctx)
+        (bits,) = saved(ctx)
+        ops, (on, off) = serving(ctx.backend, grad), ctx.factors
+        dx = visit(ctx, grad, lambda g, reduce: ops.bit_scale(g, bits, on, off, reduce))
+        return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+class ClampFunction(_Bits):
     """ReLU, ReLU6, Hardtanh and LeakyReLU: y = x between low and high, else the limit or slope * x. Keeps one bit."""
 
     @staticmethod
@@ -51,28 +71,13 @@ class ClampFunction(_Pointwise):
         ctx: Any, x: Tensor, low: float, high: float, slope: float, inplace: bool, layer: str, backend: str
     ) -> Tensor:
         ordered = _Pointwise.begin(ctx, x, layer, backend)
+        ctx.factors = (1.0, slope)
         ops = serving(backend, x)
-        ctx.slope = slope
         if inplace and ordered.data_ptr() == x.data_ptr():
-            bits = ops.clamp_pack_(ordered, low, high, slope)
-            y = x
+            y, bits = ordered, ops.clamp_pack_(ordered, low, high, slope)
         else:
             y, bits = ops.clamp_pack(ordered, low, high, slope)
-            y = not_a_view(out_of_order(y, ctx.channels_last))
-            if inplace:
-                y = x.copy_(y)
-        if inplace:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(bits)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_graph(ctx)
-        (bits,) = saved(ctx)
-        ops = serving(ctx.backend, grad)
-        dx = visit(ctx, grad, lambda g, reduce: ops.bit_scale(g, bits, 1.0, ctx.slope, reduce))
-        return dx, None, None, None, None, None, None
+        return _Bits.end(ctx, x, y, bits, inplace)
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,7 +86,7 @@ def _kept_scale(p: float, dtype: torch.dtype, fused: bool) -> float:
     return 1.0 / (1.0 - p) if fused else float(torch.ones((), dtype=dtype).div_(1.0 - p))
 
 
-class DropoutFunction(_Pointwise):
+class DropoutFunction(_Bits):
     """Dropout by torch's own generator and in its own order: the same mask as F.dropout. Keeps one bit."""
 
     @staticmethod
@@ -89,31 +94,17 @@ class DropoutFunction(_Pointwise):
         ordered = _Pointwise.begin(ctx, x, layer, backend)
         ops = serving(backend, x)
         fused = x.device.type != "cpu" and not inplace
-        ctx.scale = _kept_scale(p, x.dtype, fused)
+        scale = _kept_scale(p, x.dtype, fused)
+        ctx.factors = (scale, 0.0)
         if fused:
-            y, keep = torch.native_dropout(x, p, True)
-            bits = ops.pack_bits(in_order(keep, ctx.channels_last))
+            dropped, keep = torch.native_dropout(x, p, True)
+            y, bits = in_order(dropped, ctx.channels_last), ops.pack_bits(in_order(keep, ctx.channels_last))
         else:
             noise = torch.bool if x.device.type == "cpu" else x.dtype  # a CPU draws the same bits for every dtype
             keep = torch.empty_like(x, dtype=noise).bernoulli_(1.0 - p).bool()
             bits = ops.pack_bits(in_order(keep, ctx.channels_last))
-            flat = ordered.view(1, 1, ordered.numel())
-            y = ops.bit_scale(flat, bits, ctx.scale, 0.0, 0)[0].view(ordered.shape)
-            y = not_a_view(out_of_order(y, ctx.channels_last))
-            if inplace:
-                y = x.copy_(y)
-        if inplace:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(bits)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_graph(ctx)
-        (bits,) = saved(ctx)
-        ops = serving(ctx.backend, grad)
-        dx = visit(ctx, grad, lambda g, reduce: ops.bit_scale(g, bits, ctx.scale, 0.0, reduce))
-        return dx, None, None, None, None
+            y = ops.bit_scale(ordered.view(1, 1, ordered.numel()), bits, scale, 0.0, 0)[0].view(ordered.shape)
+        return _Bits.end(ctx, x, y, bits, inplace)
 
 
 def activate(x: Tensor, kind: int) -> Tensor:

@@ -41,15 +41,15 @@ MEMORY = (
     Sabotage(
         "a LeakyReLU loses its slope in the backward",
         "functional_pointwise.py",
-        "        ctx.slope = slope\n",
-        "        ctx.slope = 0.0\n",
+        "        ctx.factors = (1.0, slope)\n",
+        "        ctx.factors = (1.0, 0.0)\n",
         (SAME,),
     ),
     Sabotage(
         "dropout forgets its scale in the backward",
         "functional_pointwise.py",
-        "ops.bit_scale(g, bits, ctx.scale, 0.0, reduce))",
-        "ops.bit_scale(g, bits, 1.0, 0.0, reduce))",
+        "        ctx.factors = (scale, 0.0)\n",
+        "        ctx.factors = (1.0, 0.0)\n",
         (SAME,),
     ),
     Sabotage(
