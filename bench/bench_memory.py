@@ -30,7 +30,7 @@ from dp_bitfit_kernels._allocator import peak_bytes
 
 METHODS = ("plain_full", "plain_bias", "off", "exact", "compact")
 TOLERANCE = 1e-4  # of the largest element of all gradients; float32 against float32
-SECONDS = 90.0
+SECONDS = 45.0
 ROUNDS = 40
 
 
@@ -90,13 +90,13 @@ def kept(case: MemoryCase, model: nn.Module, batch: int, size: int) -> dict[str,
         output = case.run(model, inputs)
     hooks = sum(seen.values())
     del output
-    held = peak_bytes(lambda: lambda: case.run(model, inputs))
+    held = peak_bytes(lambda: lambda: case.run(model, inputs), warm_up=0)
 
     def step() -> None:
         case.run(model, inputs).float().sum().backward()
         model.zero_grad()
 
-    whole = peak_bytes(lambda: step)
+    whole = peak_bytes(lambda: step, warm_up=0)
     return {"hooks": hooks, "allocator": held.after - held.resident, "peak": whole.peak - whole.resident}
 
 
@@ -122,7 +122,7 @@ def measure_curve(case: MemoryCase, base: nn.Module) -> dict[str, dict[str, floa
             model = copy.deepcopy(base)
             try:
                 model = opacus_hooks(model) if method == "opacus_hooks" else prepare(model, method)
-                found = peak_bytes(lambda m=model, s=size: lambda: case.run(m, case.inputs(1, s)))
+                found = peak_bytes(lambda m=model, s=size: lambda: case.run(m, case.inputs(1, s)), warm_up=0)
             except Exception as refused:
                 if method != "opacus_hooks":
                     raise
@@ -182,16 +182,13 @@ def measure_time(case: MemoryCase, threads: int, seconds: float = SECONDS) -> di
     }
 
 
-def run_case(case: MemoryCase, *, time: bool = True) -> dict[str, Any]:
+def run_case(case: MemoryCase) -> dict[str, Any]:
     torch.manual_seed(0)
     base = case.build()
     found: dict[str, Any] = {"reason": case.reason, "check": check(case, base)}
     found["memory"] = measure_memory(case, base)
     if case.curve:
         found["curve"] = measure_curve(case, base)
-    del base
-    if time and case.name in TIMED:
-        found["time"] = {str(threads): measure_time(case, threads) for threads in (1, 2)}
     found["targets"] = targets(case, found)
     return found
 
@@ -213,17 +210,26 @@ def summary(name: str, found: dict[str, Any]) -> str:
             ratio = memory["ratio"][method]
             shown = "  ".join(f"{measure} {row[measure] / 2**20:9.2f} MiB x{ratio[measure]:.3f}" for measure in row)
             lines.append(f"  {size:>5} {method:11s} {shown}")
-    for threads, time in found.get("time", {}).items():
-        shown = "  ".join(f"{m} x{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for m, r in time["ratio"].items())
-        lines.append(f"  {threads} thread(s), plain {time['median_ms']['plain_bias']:.0f} ms: {shown}")
     return "\n".join(lines)
+
+
+def times(name: str, found: dict[str, Any]) -> list[str]:
+    lines = []
+    for threads, time in found["time"].items():
+        shown = "  ".join(f"{m} x{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for m, r in time["ratio"].items())
+        lines.append(f"{name}, {threads} thread(s), plain {time['median_ms']['plain_bias']:.0f} ms: {shown}")
+    return lines
 
 
 def run(names: Iterable[str], *, time: bool) -> dict[str, Any]:
     found = {}
     for name in names:
-        found[name] = run_case(CASES[name], time=time)
+        found[name] = run_case(CASES[name])
         print(summary(name, found[name]), flush=True)
+    for name in found:
+        if time and name in TIMED:
+            found[name]["time"] = {str(threads): measure_time(CASES[name], threads) for threads in (1, 2)}
+            print("\n".join(times(name, found[name])), flush=True)
     return {
         "command": "pytest bench/bench_memory.py",
         "environment": environment(),

@@ -29,16 +29,25 @@ sys.path.insert(0, str(ROOT))
 from bench import results  # noqa: E402
 from bench.environment import environment  # noqa: E402
 
-# Named, because collecting the other tests imports packages that a GPU machine may lack.
-GPU_TESTS = [f"python_tests/test_{name}.py" for name in ("ops", "backward_ops", "gpu_step")]
+
+def _tests(*names: str, keep: str = "") -> list[str]:
+    """Named, because collecting the other tests imports packages that a GPU machine may lack."""
+    files = [f"python_tests/test_{name}.py" for name in names]
+    return ["-m", "pytest", *files, "-m", "gpu", "-k", keep, "-q", "-p", "no:cacheprovider", "--maxfail=20"]
+
+
 # name -> (seconds it may take, what it runs)
 PARTS: dict[str, tuple[int, list[str]]] = {
-    "build": (110, []),
-    "tests": (200, ["-m", "pytest", *GPU_TESTS, "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20"]),
-    "kernels": (60, ["-m", "bench.bench_gpu_kernels"]),
-    "backward": (60, ["-m", "bench.bench_gpu_backward"]),
-    "step": (165, ["-m", "bench.bench_gpu_step"]),
+    "build": (90, []),
+    "tests": (150, _tests("ops", "gpu_step")),
+    "backward tests": (60, _tests("backward_ops", keep="native")),
+    "kernels": (45, ["-m", "bench.bench_gpu_kernels"]),
+    "backward kernels": (45, ["-m", "bench.bench_gpu_backward"]),
+    "step": (150, ["-m", "bench.bench_gpu_step"]),
+    # Compiles hundreds of variants: by --only, in a call of its own.
+    "backward triton": (560, _tests("backward_ops", keep="triton")),
 }
+USUAL = list(PARTS)[:-1]
 
 
 def build(limit: int) -> dict[str, Any]:
@@ -77,13 +86,14 @@ def run_part(name: str, limit: int, command: list[str]) -> dict[str, Any]:
 def _process(name: str, limit: int, command: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
-        extra = ["--junitxml", str(report)] if name == "tests" else ["--json", str(report)]
+        tests = "pytest" in command
+        extra = ["--junitxml" if tests else "--json", str(report)]
         done = subprocess.run(
             [sys.executable, *command, *extra], cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False
         )
         found: dict[str, Any] = {"passed": done.returncode == 0}
         if report.exists():
-            found |= _counts(report) if name == "tests" else json.loads(report.read_text())
+            found |= _counts(report) if tests else json.loads(report.read_text())
         if done.returncode:
             found["output"] = (done.stdout + done.stderr)[-6000:]
         return found
@@ -100,8 +110,8 @@ def _counts(report: Path) -> dict[str, Any]:
 def summary(parts: dict[str, dict[str, Any]]) -> str:
     lines = ["", "gpu-check"]
     for name, part in parts.items():
-        lines.append(f"  {name:8s} {'ok' if part['passed'] else 'FAILED':7s} {part['seconds']:6.1f} s")
-        if name == "tests" and "tests" in part:
+        lines.append(f"  {name:16s} {'ok' if part['passed'] else 'FAILED':7s} {part['seconds']:6.1f} s")
+        if "errors" in part:
             lines.append("    " + ", ".join(f"{key} {part[key]}" for key in ("tests", "failures", "errors", "skipped")))
         lines += [f"    {line}" for line in part.get("table", [])]
         if not part["passed"]:
@@ -111,7 +121,7 @@ def summary(parts: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, by name")
+    parser.add_argument("--only", default=",".join(USUAL), help=f"parts: {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder of the result file")
     given = parser.parse_args()
     try:

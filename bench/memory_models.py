@@ -112,15 +112,15 @@ CASES = {
     for case in (
         MemoryCase(
             *("resnet50", "BatchNorm, ReLU, max pooling", resnet, _images("pixel_values"), _logits),
-            *(((4, 224), (1, 512)), (64, 128, 224, 384, 512), 1 / 12, None),
+            *(((2, 224), (1, 512)), (64, 128, 224, 384, 512), 1 / 12, None),
         ),
         MemoryCase(
             *("resnet152", "the same, deep", lambda: resnet((3, 8, 36, 3)), _images("pixel_values"), _logits),
-            *(((2, 224), (1, 512)), (), 1 / 12, None),
+            *(((1, 224), (1, 512)), (), 1 / 12, None),
         ),
         MemoryCase(
             *("roberta", "text, dropout 0.1", roberta, _tokens, _logits),
-            *(((2, 128), (2, 512)), (64, 128, 256, 512), 0.84, 0.45),
+            *(((4, 128), (1, 512)), (64, 128, 256, 512), 0.84, 0.45),
         ),
         MemoryCase(*("vit", "images as tokens", vit, _images("pixel_values"), _logits, ((2, 224),), (), 1.0, 0.55)),
         MemoryCase(
@@ -130,7 +130,7 @@ CASES = {
                 gpt2,
                 _tokens,
                 _states,
-                ((2, 512),),
+                ((1, 512),),
                 (128, 256, 512, 1024),
                 0.40,
                 0.21,
@@ -138,11 +138,11 @@ CASES = {
         ),
         MemoryCase(
             *("gpt2_cache", "the same with use_cache=True, the model's default", gpt2, _tokens, _cached_states),
-            *(((2, 512),), (), 1.0, None),
+            *(((1, 512),), (), 1.0, None),
         ),
         MemoryCase(
             *("gpt2_loss", "loss over 50,257 words included", lambda: gpt2(head=True), _tokens, _language_loss),
-            *(((2, 512),), (), 0.50, 0.35),
+            *(((1, 512),), (), 0.50, 0.35),
         ),
         MemoryCase(
             *("conv_groupnorm", "GroupNorm and ReLU", conv_groupnorm, _images("input"), _logits),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import oracle
 import pytest
@@ -213,3 +214,15 @@ def test_few_bit_tables_are_the_best_there_are() -> None:
         assert few_bits.EDGES[name] == pytest.approx(edges, abs=1e-3)
         assert few_bits.LEVELS[name] == pytest.approx(levels, abs=1e-6)
         assert error**0.5 < 0.046
+
+
+def test_nothing_of_the_image_example_is_lossy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen BatchNorm, ReLU and convolutions have exact forms alone: compact trains it to the same bits."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    resnet20 = pytest.importorskip("resnet20")
+    torch.manual_seed(0)
+    base, x = resnet20.ResNet(3, 10).train(), torch.randn(4, 3, 32, 32)
+    (exact_y, exact), (y, compact) = (
+        gradients(dpk.convert_model(copy.deepcopy(base), memory=memory), x) for memory in ("exact", "compact")
+    )
+    assert torch.equal(y, exact_y) and all(torch.equal(compact[name], exact[name]) for name in exact)
