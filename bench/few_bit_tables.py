@@ -19,12 +19,19 @@ REACH = 10.0
 POINTS = 2001
 
 
-def best_pieces(kind: int, pieces: int = 2**PLANES) -> tuple[list[float], list[float], float]:
-    """Edges (pieces - 1) and levels (pieces) of activation number `kind`, and the mean squared error."""
+NAMES = (*KINDS, "tanh")
+
+
+def slope(name: str, x: torch.Tensor) -> torch.Tensor:
+    return 1.0 - torch.tanh(x).square() if name == "tanh" else derivative(x, KINDS.index(name))
+
+
+def best_pieces(name: str, pieces: int = 2**PLANES) -> tuple[list[float], list[float], float]:
+    """Edges (pieces - 1) and levels (pieces) of an activation's derivative, and the mean squared error."""
     grid = np.linspace(-REACH, REACH, POINTS)
     weight = np.exp(-0.5 * (grid / DEVIATION) ** 2)
     weight /= weight.sum()
-    value: NDArray[np.float64] = derivative(torch.from_numpy(grid), kind).numpy()
+    value: NDArray[np.float64] = slope(name, torch.from_numpy(grid)).numpy()
     sums = [np.concatenate([[0.0], np.cumsum(weight * value**power)]) for power in (0, 1, 2)]
 
     def of_span(sum_: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -49,8 +56,8 @@ def best_pieces(kind: int, pieces: int = 2**PLANES) -> tuple[list[float], list[f
 
 
 def main() -> None:
-    for number, name in enumerate(KINDS):
-        edges, levels, error = best_pieces(number)
+    for name in NAMES:
+        edges, levels, error = best_pieces(name)
         print(f'"{name}": ({", ".join(f"{edge:.3f}" for edge in edges)}),')
         print(
             f'"{name}": ({", ".join(f"{level:.6f}" for level in levels)}),  # root mean square error {error**0.5:.4f}'

@@ -9,6 +9,7 @@ levels).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,6 +117,27 @@ def activate(x: Tensor, kind: int) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+class LevelFunction(_Pointwise):
+    """memory="compact": an activation whose derivative is kept as one of eight levels, 3 bits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, name: str, operation: Callable[[Tensor], Tensor], layer: str, backend: str
+    ) -> Tensor:
+        ordered = _Pointwise.begin(ctx, x, layer, backend)
+        ctx.name = name
+        edges, _ = few_bits.tables(name, x.device)
+        ctx.save_for_backward(serving(backend, x).level_pack(ordered, edges))
+        return operation(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph(ctx)
+        (planes,) = saved(ctx)
+        ops, (_, levels) = serving(ctx.backend, grad), few_bits.tables(ctx.name, grad.device)
+        return visit(ctx, grad, lambda g, reduce: ops.level_scale(g, planes, levels, reduce)), None, None, None, None
+
+
 class ActivationFunction(_Pointwise):
     """GELU in all its spellings, SiLU, QuickGELU.
 
@@ -125,18 +147,11 @@ class ActivationFunction(_Pointwise):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: int, spelled: bool, compact: bool, layer: str, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: int, spelled: bool, layer: str, backend: str) -> Tensor:
         ordered = _Pointwise.begin(ctx, x, layer, backend)
-        ops = serving(backend, x)
-        ctx.kind, ctx.packed = kind, ""
-        if compact and x.dtype != torch.float64:
-            ctx.packed = "levels"
-            edges, _ = few_bits.tables(kind, x.device)
-            ctx.save_for_backward(ops.level_pack(ordered, edges))
-            return activate(x, kind)
-        if spelled and x.dtype == torch.float32:
-            ctx.packed = "slopes"
-            y, codes = ops.slope_pack(ordered, kind)
+        ctx.kind, ctx.packed = kind, spelled and x.dtype == torch.float32
+        if ctx.packed:
+            y, codes = serving(backend, x).slope_pack(ordered, kind)
             ctx.save_for_backward(codes)
             return not_a_view(out_of_order(y, ctx.channels_last))
         ctx.save_for_backward(x)
@@ -147,17 +162,14 @@ class ActivationFunction(_Pointwise):
         refuse_graph(ctx)
         (kept,) = saved(ctx)
         ops, kind = serving(ctx.backend, grad), ctx.kind
-        if ctx.packed == "levels":
-            _, levels = few_bits.tables(kind, grad.device)
-            dx = visit(ctx, grad, lambda g, reduce: ops.level_scale(g, kept, levels, reduce))
-        elif ctx.packed == "slopes":
+        if ctx.packed:
             dx = visit(ctx, grad, lambda g, reduce: ops.slope_scale(g, kept, reduce))
         elif ctx.node is None and kind <= _SILU:
             dx = _torchs_own(grad, kept, kind)
         else:
             x = in_order(kept, ctx.channels_last)
             dx = visit(ctx, grad, lambda g, reduce: ops.activation_grad(g, x.view(g.shape), kind, reduce))
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None
 
 
 def _torchs_own(grad: Tensor, x: Tensor, kind: int) -> Tensor:

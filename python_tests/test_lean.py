@@ -387,3 +387,20 @@ def test_attributes_of_the_same_name_are_left_alone(own: str) -> None:
     model[0].register_buffer(own, torch.zeros(2))
     with pytest.raises(dpk.UnsupportedModuleError, match=f"attributes of its own.*{own}"):
         dpk.convert_model(model)
+
+
+@pytest.mark.parametrize("build", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.Tanh])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_compact_activations_keep_three_bits(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    """The output is exact; the gradient is off by what eight levels leave, and not at all in float64."""
+    x = (2.0 * torch.randn(40, 56, generator=torch.Generator().manual_seed(1))).to(dtype)
+    want = run(build(), x, lambda y: y.float().sum())
+    module = dpk.convert_model(nn.Sequential(nn.Linear(56, 56), build()), memory="compact")[1]
+    got = run(module, x, lambda y: y.float().sum())
+    assert torch.equal(got[0], want[0])
+    error = float((got[1].double() - want[1].double()).square().mean().sqrt())
+    assert error <= (0.0 if dtype == torch.float64 else 0.065)
+    kept = kept_bytes(module, x.requires_grad_())
+    assert kept == (x.numel() * 8 if dtype == torch.float64 else 3 * x.numel() // 8)
+    plain = dpk.convert_model(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+    assert type(plain[1]) is nn.Tanh  # exact keeps no less than autograd does

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import apply
-from ..functional_pointwise import ActivationFunction, ClampFunction, DropoutFunction
+from ..functional_pointwise import ActivationFunction, ClampFunction, DropoutFunction, LevelFunction, activate
 from ..reference_backward import KINDS
 from .base import ConvertedLayer, LayerKind, register, register_lazy
 
@@ -56,8 +58,20 @@ class ActivationLayer(ConvertedLayer):
         formula = self.formula() if self.lean and input.requires_grad else None
         if formula is None:
             return super().forward(input)
-        compact = self.memory == "compact"
-        return apply(ActivationFunction, input, *formula, compact, self.layer_name, self.backend)
+        kind = formula[0]
+        if self.memory == "compact" and input.dtype != torch.float64:
+            operation = partial(activate, kind=kind)
+            return apply(LevelFunction, input, KINDS[kind], operation, self.layer_name, self.backend)
+        return apply(ActivationFunction, input, *formula, self.layer_name, self.backend)
+
+
+class TanhLayer(ConvertedLayer):
+    """Autograd keeps its output, which is all that an exact gradient needs; compact keeps less."""
+
+    def forward(self, input: Tensor) -> Any:
+        if not self.lean or not input.requires_grad or input.dtype == torch.float64:
+            return super().forward(input)
+        return apply(LevelFunction, input, "tanh", torch.tanh, self.layer_name, self.backend)
 
 
 class GELULayer(ActivationLayer):
@@ -107,6 +121,7 @@ for _base in (nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.ReLU):
 register(_kind(nn.Dropout, DropoutLayer))
 register(_kind(nn.GELU, GELULayer))
 register(_kind(nn.SiLU, SiLULayer))
+register(_kind(nn.Tanh, TanhLayer, keeps_less=("compact",)))
 
 _OF_TRANSFORMERS: dict[str, type[ActivationLayer]] = {
     "GELUActivation": ActGELULayer,

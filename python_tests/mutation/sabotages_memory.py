@@ -105,8 +105,8 @@ MEMORY = (
     ),
     Sabotage(
         "compact keeps what exact keeps",
-        "functional_pointwise.py",
-        "        if compact and x.dtype != torch.float64:\n",
+        "layers/activation.py",
+        '        if self.memory == "compact" and input.dtype != torch.float64:\n',
         "        if False:\n",
         (f"{MODELS}::test_kept_bytes",),
     ),
