@@ -67,11 +67,11 @@ MEMORY = (
         (SAME,),
     ),
     Sabotage(
-        "the places of a max pool forget the padding",
+        "a max pool keeps eight bytes a window",
         "functional_window.py",
-        "        first = first.unsqueeze(-1) * extent + torch.arange(count) * stride - padding\n",
-        "        first = first.unsqueeze(-1) * extent + torch.arange(count) * stride\n",
-        (SAME,),
+        "        ctx.save_for_backward(place[index.sub_(first)])\n",
+        "        ctx.save_for_backward(place[index.sub_(first)].long())\n",
+        (KEPT,),
     ),
     Sabotage(
         "a convolution keeps its input",
