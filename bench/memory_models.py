@@ -57,13 +57,6 @@ def _states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return states
 
 
-def _cached_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    output = model(**inputs)
-    model.kept_output = output  # type: ignore[assignment]  # as a training loop holds it until its step ends
-    states: Tensor = output.last_hidden_state
-    return states
-
-
 def _language_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     loss: Tensor = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
     return loss
@@ -135,10 +128,6 @@ CASES = {
                 0.40,
                 0.21,
             )
-        ),
-        MemoryCase(
-            *("gpt2_cache", "the same with use_cache=True, the model's default", gpt2, _tokens, _cached_states),
-            *(((1, 512),), (), 1.0, None),
         ),
         MemoryCase(
             *("gpt2_loss", "loss over 50,257 words included", lambda: gpt2(head=True), _tokens, _language_loss),

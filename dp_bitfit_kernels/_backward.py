@@ -4,14 +4,18 @@
 backward produces the very gradient that the layer's bias sums. It takes the sum in the same visit and puts it on the
 layer's node of the graph (``node.sums``). The layer must not believe it blindly: autograd may have added a second
 gradient, a hook may have changed it. So the layer uses the sum only if the gradient that it receives *is* the tensor
-that was summed, with the version that it had then, and otherwise takes the sum itself. The tensor is held until the
-layer has looked, so its identity cannot pass to another, and autograd, seeing it held, does not add into it in place.
+that was summed, with the version that it had then, in the same run of backward, and otherwise takes the sum itself. The
+tensor is held until the layer has looked, so its identity cannot pass to another, and autograd, seeing it held, does
+not add into it in place. Some writes leave no version behind (``.data``, NumPy, collective operations): all that can
+run between the two are hooks of the tensor between them, so where it has one when the gradient is made, no sum is handed
+over. (A pre-hook of the graph's node is not seen; it must not write past the version counter.)
 Nothing of this outlives the node: a graph that is dropped takes its sums along. Under torch.compile none of this runs;
 Inductor fuses the traced sum with what produces the gradient.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -37,14 +41,38 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
-def in_order(x: Tensor, channels_last: bool) -> Tensor:
-    """x as a contiguous tensor, its channels moved last where asked for; a view where the memory allows it."""
-    return (x.movedim(1, -1) if channels_last else x).contiguous()
+Order = tuple[int, ...] | None  # dimensions from the outermost to the innermost; None: as they are
 
 
-def out_of_order(x: Tensor, channels_last: bool) -> Tensor:
+def channels_last_order(dims: int) -> Order:
+    return (0, *range(2, dims), 1)
+
+
+def order_of(x: Tensor) -> Order:
+    """The order of the dimensions in the memory of an element-wise operation's output, which follows its input's."""
+    if x.is_contiguous():
+        return None
+    strides = x.stride()
+    order = tuple(sorted(range(x.dim()), key=lambda dim: (-strides[dim], dim)))
+    if not x.permute(order).is_contiguous():  # gaps or expanded: as torch lays out what is made like it
+        strides = torch.empty_like(x, device="meta").stride()
+        order = tuple(sorted(range(x.dim()), key=lambda dim: (-strides[dim], dim)))
+    return None if order == tuple(range(x.dim())) else order
+
+
+def in_order(x: Tensor, order: Order) -> Tensor:
+    """x as a contiguous tensor of permuted dimensions; a view where its memory is in that order."""
+    return (x if order is None else x.permute(order)).contiguous()
+
+
+def out_of_order(x: Tensor, order: Order) -> Tensor:
     """Undoes :func:`in_order`."""
-    return x.movedim(-1, 1) if channels_last else x
+    if order is None:
+        return x
+    inverse = [0] * len(order)
+    for place, dim in enumerate(order):
+        inverse[dim] = place
+    return x.permute(inverse)
 
 
 def not_a_view(y: Tensor) -> Tensor:
@@ -55,43 +83,49 @@ def not_a_view(y: Tensor) -> Tensor:
 def awaiting(x: Tensor) -> Any:
     """The node of a layer that will sum the gradient of its output ``x`` over T for its bias, or None."""
     node = x.grad_fn
-    return node if getattr(node, "awaits", None) is not None else None
+    if getattr(node, "awaits", None) is None:
+        return None
+    if x._backward_hooks is None:  # so that hooks that are registered later are seen as well
+        x._backward_hooks = OrderedDict()
+        node._register_hook_dict(x)  # type: ignore[union-attr]
+    return node
 
 
-def three_dimensional(x: Tensor, node: Any, channels_last: bool) -> tuple[Tensor, int]:
+def three_dimensional(x: Tensor, node: Any, order: Order) -> tuple[Tensor, int]:
     """x, in memory order, as [B, R, C], and which dimension the layer of ``node`` sums (0: there is none)."""
-    if node is None:
+    if node is None or x.numel() == 0:
         return x.view(1, 1, x.numel()), 0
     width, channels_first = node.awaits
-    batch = x.shape[0]
-    if x.numel() == 0:
-        return x.view(1, 1, 0), 0
-    if channels_first and not channels_last and x.dim() > 2:
-        return x.view(batch, width, -1), 2
-    return x.view(batch, -1, width), 1
+    batch, dims = x.shape[0], x.dim()
+    if order is None:
+        return (x.view(batch, width, -1), 2) if channels_first and dims > 2 else (x.view(batch, -1, width), 1)
+    if channels_first and order == channels_last_order(dims):
+        return x.view(batch, -1, width), 1
+    return x.view(1, 1, x.numel()), 0
 
 
 def visit(ctx: Any, grad: Tensor, op: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:
     """``op`` on ``grad`` in the memory order of the forward, and the sums that it took left with the layer before.
 
-    ctx: has ``node`` (see :func:`awaiting`) and ``channels_last``. op: ([B, R, C], reduce) -> (result, rows).
+    ctx: has ``node`` (see :func:`awaiting`), ``hooks`` (of the tensor between) and ``order``.
+    op: ([B, R, C], reduce) -> (result, rows).
     """
-    ordered = in_order(grad, ctx.channels_last)
-    view, reduce = three_dimensional(ordered, ctx.node, ctx.channels_last)
+    ordered = in_order(grad, ctx.order)
+    view, reduce = three_dimensional(ordered, None if ctx.hooks else ctx.node, ctx.order)
     result, rows = op(view, reduce)
-    dx = out_of_order(result.view(ordered.shape), ctx.channels_last)
+    dx = out_of_order(result.view(ordered.shape), ctx.order)
     if reduce:
-        ctx.node.sums = (dx, dx._version, rows)
+        ctx.node.sums = (dx, dx._version, torch._C._current_graph_task_id(), rows)
     return dx
 
 
 def handed_over(ctx: Any, grad: Tensor) -> Tensor | None:
     """The per-sample sums of ``grad`` [B, p] that its producer left, if they are proven to be of this gradient."""
     sums, ctx.sums = ctx.sums, None
-    if sums is not None and sums[0] is grad and sums[1] == grad._version:
-        rows: Tensor = sums[2]
-        return rows
-    return None
+    if sums is None or sums[0] is not grad or sums[1] != grad._version:
+        return None
+    rows: Tensor = sums[3]
+    return rows if sums[2] == torch._C._current_graph_task_id() else None
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:

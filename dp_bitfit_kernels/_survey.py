@@ -143,6 +143,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    # An embedding with max_norm rescales its weight in each forward.
+    normed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None]
+    weights = [weight.detach().clone() for weight in normed]
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(cuda):
@@ -153,3 +156,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer.copy_(value)
+            for weight, kept in zip(normed, weights, strict=True):
+                weight.copy_(kept)

@@ -9,8 +9,6 @@ programming, and a test finds them again.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,15 @@ LEVELS: dict[str, tuple[float, ...]] = {
 }
 
 
-@functools.lru_cache(maxsize=64)
+_made: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+
 def tables(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Edges [7] and levels [8] float32 of an activation."""
-    return torch.tensor(EDGES[name], device=device), torch.tensor(LEVELS[name], device=device)
+    """Edges [7] and levels [8] float32 of an activation, on the device."""
+    found = _made.get((name, device))
+    if found is None:
+        edges, levels = (torch.tensor(t[name], dtype=torch.float32, device=device) for t in (EDGES, LEVELS))
+        found = (edges, levels)
+        if type(found[0]) is Tensor:  # not of a mode that only plays tensors
+            _made[name, device] = found
+    return found

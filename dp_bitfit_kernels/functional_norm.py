@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backward import in_order, is_channels_last, out_of_order, refuse_graph, saved, serving
+from ._backward import channels_last_order, in_order, is_channels_last, out_of_order, refuse_graph, saved, serving
 from .functional import bias_grad, deliver, shape_of
 
 
@@ -25,6 +25,14 @@ def _wide(value: Tensor | None, like: Tensor) -> Tensor | None:
 def _widened_by_autocast(x: Tensor) -> bool:
     """Autocast runs layer_norm and group_norm in float32 on a GPU, and leaves them alone on a CPU."""
     return x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+
+
+def _is_canonical_channels_last(x: Tensor) -> bool:
+    """Also in the strides of dimensions of one element, by which torch chooses its GroupNorm."""
+    if not is_channels_last(x):
+        return False
+    order = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.stride() == torch.empty(x.shape, device="meta", memory_format=order).stride()
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -45,7 +53,7 @@ class BatchNormFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         ctx.bias, ctx.layer, ctx.backend, ctx.eps = shape_of(bias), layer, backend, eps
-        ctx.channels_last = is_channels_last(x)
+        ctx.order = channels_last_order(x.dim()) if is_channels_last(x) else None
         ctx.save_for_backward(var, weight)
         return F.batch_norm(x, mean, var, weight, shift, False, 0.0, eps)
 
@@ -57,14 +65,14 @@ class BatchNormFunction(torch.autograd.Function):
         scale = (var.to(wide) + ctx.eps).rsqrt()
         if weight is not None:
             scale = scale * weight.to(wide)
-        ordered = in_order(grad, ctx.channels_last)
+        ordered = in_order(grad, ctx.order)
         channels, batch = scale.shape[0], grad.shape[0]
-        last = ctx.channels_last or grad.dim() == 2
+        last = ctx.order is not None or grad.dim() == 2
         # Sizes spelled out: an empty batch leaves nothing to infer one from.
         others = grad[0, 0].numel() if batch and channels else 0
         shape = (batch, others, channels) if last else (batch, channels, others)
         dx, sums = serving(ctx.backend, grad).affine_grad(ordered.view(shape), scale, 1 if last else 2)
-        dx = out_of_order(dx.view(ordered.shape), ctx.channels_last)
+        dx = out_of_order(dx.view(ordered.shape), ctx.order)
         return (dx, *deliver(ctx, sums), *(None,) * 7)
 
 
@@ -147,7 +155,7 @@ class GroupNormFunction(_Norm):
         batch, channels = x.shape[:2]
         positions = x.numel() // max(1, batch * channels)
         kept = x.contiguous()
-        x = x if is_channels_last(x) and x.device.type == "cpu" else kept
+        x = x if x.device.type == "cpu" and _is_canonical_channels_last(x) else kept
         y, mean, rstd = torch.native_group_norm(x, weight, shift, batch, channels, positions, groups, eps)
         if ctx.needs_input_grad[0]:
             _Norm.keep(ctx, kept, kept.numel() // max(1, batch * groups), (mean, rstd), weight)

@@ -20,8 +20,8 @@ from . import few_bits
 from ._backward import (
     awaiting,
     in_order,
-    is_channels_last,
     not_a_view,
+    order_of,
     out_of_order,
     refuse_graph,
     saved,
@@ -38,8 +38,9 @@ class _Pointwise(torch.autograd.Function):
     def begin(ctx: Any, x: Tensor, layer: str, backend: str) -> Tensor:
         """Note what the backward needs of ``x`` besides values; returns x in memory order."""
         ctx.node, ctx.layer, ctx.backend = awaiting(x), layer, backend
-        ctx.channels_last = is_channels_last(x)
-        return in_order(x, ctx.channels_last)
+        ctx.hooks = None if ctx.node is None else x._backward_hooks
+        ctx.order = order_of(x)
+        return in_order(x, ctx.order)
 
 
 class _Bits(_Pointwise):
@@ -49,7 +50,7 @@ class _Bits(_Pointwise):
     def end(ctx: Any, x: Tensor, y: Tensor, bits: Tensor, inplace: bool) -> Tensor:
         """Keep the bits; y, in memory order, becomes the output, or is written over ``x`` where it is not yet."""
         ctx.save_for_backward(bits)
-        y = not_a_view(out_of_order(y, ctx.channels_last))
+        y = not_a_view(out_of_order(y, ctx.order))
         if not inplace:
             return y
         ctx.mark_dirty(x)
@@ -99,11 +100,11 @@ class DropoutFunction(_Bits):
         ctx.factors = (scale, 0.0)
         if fused:
             dropped, keep = torch.native_dropout(x, p, True)
-            y, bits = in_order(dropped, ctx.channels_last), ops.pack_bits(in_order(keep, ctx.channels_last))
+            y, bits = in_order(dropped, ctx.order), ops.pack_bits(in_order(keep, ctx.order))
         else:
             noise = torch.bool if x.device.type == "cpu" else x.dtype  # a CPU draws the same bits for every dtype
             keep = torch.empty_like(x, dtype=noise).bernoulli_(1.0 - p).bool()
-            bits = ops.pack_bits(in_order(keep, ctx.channels_last))
+            bits = ops.pack_bits(in_order(keep, ctx.order))
             y = ops.bit_scale(ordered.view(1, 1, ordered.numel()), bits, scale, 0.0, 0)[0].view(ordered.shape)
         return _Bits.end(ctx, x, y, bits, inplace)
 
@@ -153,7 +154,7 @@ class ActivationFunction(_Pointwise):
         if ctx.packed:
             y, codes = serving(backend, x).slope_pack(ordered, kind)
             ctx.save_for_backward(codes)
-            return not_a_view(out_of_order(y, ctx.channels_last))
+            return not_a_view(out_of_order(y, ctx.order))
         ctx.save_for_backward(x)
         return activate(x, kind)
 
@@ -167,7 +168,7 @@ class ActivationFunction(_Pointwise):
         elif ctx.node is None and kind <= _SILU:
             dx = _torchs_own(grad, kept, kind)
         else:
-            x = in_order(kept, ctx.channels_last)
+            x = in_order(kept, ctx.order)
             dx = visit(ctx, grad, lambda g, reduce: ops.activation_grad(g, x.view(g.shape), kind, reduce))
         return dx, None, None, None, None
 

@@ -6,7 +6,6 @@ called with an uninitialised tensor in its place: of an input whose gradient is 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -118,26 +117,36 @@ class Pool(NamedTuple):
     ceil_mode: bool
 
 
-@functools.lru_cache(maxsize=64)
-def _window_tables(
-    kernel: tuple[int, ...], dilation: tuple[int, ...], image: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
+# A few KB for each kind of window and image width; kept for good, since a captured graph may read them.
+_made: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+
+def _window_tables(pool: Pool, image: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Distance of each place of a window from its first, in elements of the image, and the inverse of that."""
-    distance = torch.zeros(1, dtype=torch.int64)
-    for size, spread, extent in zip(kernel, dilation, image, strict=True):
-        distance = (distance.unsqueeze(1) * extent + torch.arange(size) * spread).reshape(-1)
-    place = torch.zeros(int(distance.max()) + 1, dtype=torch.uint8)
-    place[distance] = torch.arange(distance.numel()).to(torch.uint8)
-    return distance.to(device), place.to(device)
+    key = (pool.kernel, pool.dilation, image[1:], device)
+    found = _made.get(key)
+    if found is None:
+        distances = [0]
+        for size, spread, extent in zip(pool.kernel, pool.dilation, image, strict=True):
+            distances = [before * extent + step * spread for before in distances for step in range(size)]
+        places = [0] * (max(distances) + 1)
+        for place, distance in enumerate(distances):
+            places[distance] = place
+        found = (
+            torch.tensor(distances, dtype=torch.int64, device=device),
+            torch.tensor(places, dtype=torch.uint8, device=device),
+        )
+        if type(found[0]) is Tensor:  # not of a mode that only plays tensors
+            _made[key] = found
+    return found
 
 
-@functools.lru_cache(maxsize=64)
-def _first_places(pool: Pool, image: tuple[int, ...], out: tuple[int, ...], device: torch.device) -> Tensor:
+def _first_places(pool: Pool, image: tuple[int, ...], out: Sequence[int], device: torch.device) -> Tensor:
     """Index in the image of the first place of each output's window (outside it where there is padding)."""
-    first = torch.zeros((), dtype=torch.int64)
+    first = torch.zeros((), dtype=torch.int64, device=device)
     for stride, padding, extent, count in zip(pool.stride, pool.padding, image, out, strict=True):
-        first = first.unsqueeze(-1) * extent + torch.arange(count) * stride - padding
-    return first.to(device)
+        first = first.unsqueeze(-1) * extent + torch.arange(count, device=device) * stride - padding
+    return first
 
 
 class MaxPoolFunction(torch.autograd.Function):
@@ -151,8 +160,9 @@ class MaxPoolFunction(torch.autograd.Function):
         forward, _ = _MAX_POOLS[len(pool.kernel)]
         y, index = forward(x, pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
         dims = len(pool.kernel)
-        first = _first_places(pool, tuple(x.shape[-dims:]), tuple(y.shape[-dims:]), x.device)
-        _, place = _window_tables(pool.kernel, pool.dilation, tuple(x.shape[-dims:]), x.device)
+        image = tuple(x.shape[-dims:])
+        first = _first_places(pool, image, y.shape[-dims:], x.device)
+        _, place = _window_tables(pool, image, x.device)
         ctx.save_for_backward(place[index.sub_(first)])
         return not_a_view(y.squeeze(2)) if ctx.flat else y
 
@@ -163,8 +173,8 @@ class MaxPoolFunction(torch.autograd.Function):
         pool, dims = ctx.pool, len(ctx.pool.kernel)
         grad = grad.unsqueeze(2) if ctx.flat else grad
         image = tuple(ctx.outline.shape[-dims:])
-        first = _first_places(pool, image, tuple(grad.shape[-dims:]), grad.device)
-        distance, _ = _window_tables(pool.kernel, pool.dilation, image, grad.device)
+        first = _first_places(pool, image, grad.shape[-dims:], grad.device)
+        distance, _ = _window_tables(pool, image, grad.device)
         index = distance[places.int()].add_(first)
         _, backward = _MAX_POOLS[dims]
         geometry = (pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)

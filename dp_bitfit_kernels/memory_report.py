@@ -133,6 +133,7 @@ def memory_report(model: nn.Module, sample_batch: Any, *, memory: str = "exact")
         raise ConversionError("memory_report: a PrivacyEngine is attached; call its detach() first, or ask before")
     batch = batch_of(*_arguments(sample_batch))
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    sample_batch = map_tensors(sample_batch, torch.Tensor.detach)
     try:
         for parameter, _ in grads:
             parameter.grad = None  # a backward would add into it
@@ -252,11 +253,12 @@ def _held(model: nn.Module, sample_batch: Any) -> int:
 def _peak(model: nn.Module, sample_batch: Any) -> int:
     """The most bytes at any instant of forward and backward, above what was there."""
 
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
     def step() -> None:
+        # Not backward(): hooks of parameters that step an optimizer would run, and gradients of inputs be filled.
         with torch.enable_grad():
-            _loss(call(model, sample_batch)).backward()
-        for parameter in model.parameters():
-            parameter.grad = None
+            torch.autograd.grad(_loss(call(model, sample_batch)), trained, allow_unused=True)
 
     return _added(step)[1]
 
@@ -279,7 +281,13 @@ def _left(model: nn.Module, after: Footprint) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for module in model.modules():
         kind = _own_class(module)
-        if kind not in after.kept or layers.is_converted(module) or kind in reasons:
+        if kind not in after.kept or kind in reasons:
+            continue
+        if layers.is_converted(module):
+            if type(module).__name__ in ("BiasConv1d", "BiasConv2d", "BiasConv3d"):
+                reasons[kind] = "this padding has no form that keeps less"
+            elif getattr(module, "inplace", False) and isinstance(module, nn.SiLU):
+                reasons[kind] = "in place it overwrites what its gradient needs"
             continue
         if kind.startswith("functional"):
             reasons[kind] = "functions cannot be swapped, modules can"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -63,29 +64,35 @@ def layer_and_input(kind: str) -> tuple[nn.Module, Tensor]:
 def test_rows_are_taken_over_and_right(kind: str, producer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_and_input(kind)
     model = dpk.convert_model(nn.Sequential(layer, PRODUCERS[producer]()))
-    if producer != "dropout":
-        want = oracle.rows(model, names_of(model), x, lambda o: o.sin().sum())
+    # The oracle draws no masks: the gradient of the layer's output in a plain twin, under the same seed.
+    seen: list[Tensor] = []
+    twin = nn.Sequential(copy.deepcopy(layer), PRODUCERS[producer]())
+    for parameter in twin.parameters():
+        parameter.requires_grad_(True)
+    twin[0].register_forward_hook(lambda m, i, o: o.register_hook(seen.append) and None)
+    torch.manual_seed(3)
+    twin(x).sin().sum().backward()
     attach(model, x, bound=1e9, loss_reduction="sum", sample_rate=1.0)
     count = Counter(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        seen: list[Tensor] = []
-
-        def watch(module: nn.Module, inputs: object, output: Tensor) -> None:
-            if output.requires_grad:  # a hook that only looks
-                output.register_hook(lambda grad: seen.append(grad.clone()))
-
-        if producer == "dropout":
-            model[0].register_forward_hook(watch)
+        torch.manual_seed(3)
         model(x).sin().sum().backward()
     assert (count.over, count.own) == (1, 0)
-    if producer == "dropout":  # the mask is not the oracle's: sum the gradient that reached the layer
-        want = functional.samples_by_position(seen[0], 7, kind.startswith("conv")).double().sum(1)
+    want = functional.samples_by_position(seen[0], 7, kind.startswith("conv")).double().sum(1)
     torch.testing.assert_close(ledger_rows(model).double(), want, rtol=1e-5, atol=1e-5)
 
 
 def changed_in_place(grad: Tensor) -> None:
     grad.mul_(3.0)
+
+
+def changed_unseen(grad: Tensor) -> None:
+    grad.data.mul_(3.0)  # leaves no version, as collective operations do
+
+
+def looked_at(grad: Tensor) -> None:
+    pass
 
 
 def replaced(grad: Tensor) -> Tensor:
@@ -106,9 +113,11 @@ class Meddled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.layer(x)
         if self.meddle.startswith("hook") and h.requires_grad:
-            hook = {"hook_inplace": changed_in_place, "hook_new": replaced, "hook_view": same_memory}[self.meddle]
-            h.register_hook(hook)
+            hooks = {"inplace": changed_in_place, "new": replaced, "view": same_memory, "unseen": changed_unseen}
+            h.register_hook({**hooks, "look": looked_at, "late": looked_at}[self.meddle.removeprefix("hook_")])
         y: Tensor = self.act(h)
+        if self.meddle == "hook_late" and h.requires_grad:
+            h.register_hook(changed_unseen)
         if self.meddle == "used_twice":
             y = y + h
         elif self.meddle == "used_before":
@@ -122,7 +131,18 @@ class Meddled(nn.Module):
 
 @pytest.mark.parametrize(
     "meddle",
-    ["hook_inplace", "hook_new", "hook_view", "used_twice", "used_before", "two_producers", "sliced"],
+    [
+        "hook_inplace",
+        "hook_new",
+        "hook_view",
+        "hook_unseen",
+        "hook_look",
+        "hook_late",
+        "used_twice",
+        "used_before",
+        "two_producers",
+        "sliced",
+    ],
 )
 @pytest.mark.parametrize("memory", ["exact", "compact"])
 def test_a_gradient_that_is_not_the_summed_one_is_summed_again(
@@ -168,6 +188,18 @@ def test_a_sum_whose_layer_was_not_reached_is_not_used_later(monkeypatch: pytest
     (torch.ones_like(h) * h).sum().backward()
     assert (count.over, count.own) == (0, 1)
     torch.testing.assert_close(model[0].bias.grad, torch.full((7,), 24.0))
+
+
+def test_a_sum_of_another_backward_is_not_used() -> None:
+    """The gradient of the layer's output, asked for by itself, changed unseen, and then passed on by hand."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 8)
+    model = dpk.convert_model(nn.Sequential(layer, nn.ReLU()))
+    h = layer(torch.randn(5, 4))
+    (grad,) = torch.autograd.grad(model[1](h).sum(), h, retain_graph=True)
+    grad.data.mul_(3.0)
+    h.backward(grad)
+    torch.testing.assert_close(layer.bias.grad, grad.sum(0))
 
 
 def test_nothing_is_handed_over_where_no_bias_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,3 +154,29 @@ def test_refuses_an_output_without_gradient() -> None:
 
     with pytest.raises(dpk.ConversionError, match="wants a gradient"):
         dpk.memory_report(Detached(), torch.randn(4, 3))
+
+
+def test_hooks_of_parameters_do_not_run_and_inputs_get_no_gradient() -> None:
+    """An optimizer step in such a hook is a usual way to save memory."""
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.1), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def step(parameter: nn.Parameter) -> None:
+        with torch.no_grad():
+            parameter.sub_(parameter.grad)
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    before = [p.detach().clone() for p in model.parameters()]
+    dpk.memory_report(model, torch.randint(0, 9, (4, 5)))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    x = torch.randn(4, 4, requires_grad=True)
+    dpk.memory_report(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), x)
+    assert x.grad is None
+
+
+def test_names_convolutions_whose_padding_keeps_everything() -> None:
+    def left(mode: str) -> dict[str, str]:
+        convs = [nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode) for _ in range(2)]
+        return dpk.memory_report(nn.Sequential(*convs), torch.randn(4, 8, 6, 6)).left
+
+    assert left("zeros") == {} and "padding" in left("circular")["Conv2d"]

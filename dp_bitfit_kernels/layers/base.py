@@ -126,6 +126,13 @@ class BiasLayer(ConvertedLayer):
             )
         return True
 
+    def unbatched(self) -> bool:
+        """For an input without a batch dimension: True, so that the layer runs as it did before, by autograd alone;
+        refused where gradients of samples are to be taken."""
+        if self.trained and self.attachment is not None and self.recording():
+            raise BatchLayoutError(f"layer {self.layer_name!r}: its input has no batch dimension")
+        return True
+
     def check_rows(self, output: Tensor) -> None:
         """Refuse an output whose leading dimension is not the batch."""
         rows = self.bias_rows if self.bias_rows is not None else self.weight_rows

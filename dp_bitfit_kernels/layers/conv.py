@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,9 @@ class ConvLayer(BiasLayer):
     channels_first = True
     weight: Tensor
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
+        if input.dim() < len(self.kernel_size) + 2 and self.unbatched():  # type: ignore[arg-type]
+            return super().forward(input)
         window = self.window(input) if self.lean or self.traced() else None
         if window is None:
             output: Tensor = self._conv_forward(input, self.weight, self.plain_bias())  # type: ignore[operator]
@@ -36,10 +40,18 @@ class ConvLayer(BiasLayer):
 
     def window(self, input: Tensor) -> Window | None:
         """The geometry where ConvFunction serves: padding by zeros, and a batch."""
-        m = self
-        if input.dim() != len(m.kernel_size) + 2 or m.padding_mode != "zeros" or isinstance(m.padding, str):  # type: ignore[arg-type]
+        m: Any = self
+        padding = m.padding
+        if padding == "valid":
+            padding = (0,) * len(m.kernel_size)
+        elif padding == "same":
+            total = [spread * (size - 1) for spread, size in zip(m.dilation, m.kernel_size, strict=True)]
+            if any(extent % 2 for extent in total):  # more on one side than on the other
+                return None
+            padding = tuple(extent // 2 for extent in total)
+        if input.dim() != len(m.kernel_size) + 2 or m.padding_mode != "zeros":
             return None
-        return Window(m.stride, m.padding, m.dilation, m.groups)  # type: ignore[arg-type]
+        return Window(m.stride, padding, m.dilation, m.groups)
 
 
 for _base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ class LinearLayer(BiasLayer):
 
     weight: Tensor
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
+        if input.dim() < 2 and self.unbatched():
+            return super().forward(input)
         private = "weight" in self.trained and self.attachment is not None
         weight = self.weight.detach() if private else self.weight
         output = F.linear(input, weight, self.plain_bias())
@@ -33,7 +36,9 @@ class Conv1DLayer(BiasLayer):
     weight: Tensor
     nf: int
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        if x.dim() < 2 and self.unbatched():
+            return super().forward(x)
         flat = torch.addmm(self.plain_bias(), x.view(-1, x.size(-1)), self.weight)  # type: ignore[arg-type]
         return self.tap(flat.view(*x.shape[:-1], self.nf))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,8 +30,10 @@ class LayerNormLayer(_NormLayer):
 
     normalized_shape: tuple[int, ...]
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         shape = self.normalized_shape
+        if input.dim() <= len(shape) and self.unbatched():
+            return super().forward(input)
         if not self.lean or input.dim() <= len(shape) or math.prod(shape) == 0:
             return self.tap(F.layer_norm(input, shape, self.weight, self.plain_bias(), self.eps))
         target = self.target(input) or (None, None)

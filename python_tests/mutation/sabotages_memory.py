@@ -13,16 +13,32 @@ MEMORY = (
     Sabotage(
         "a sum handed over is believed for any gradient",
         "_backward.py",
-        "    if sums is not None and sums[0] is grad and sums[1] == grad._version:\n",
-        "    if sums is not None and sums[1] == grad._version:\n",
+        "    if sums is None or sums[0] is not grad or sums[1] != grad._version:\n",
+        "    if sums is None or sums[1] != grad._version:\n",
         (AGAIN,),
+        also=(("_backward.py", "None if ctx.hooks else ctx.node", "ctx.node"),),
     ),
     Sabotage(
         "a sum handed over is believed although its gradient was changed in place",
         "_backward.py",
-        "    if sums is not None and sums[0] is grad and sums[1] == grad._version:\n",
-        "    if sums is not None and sums[0] is grad:\n",
+        "    if sums is None or sums[0] is not grad or sums[1] != grad._version:\n",
+        "    if sums is None or sums[0] is not grad:\n",
         (AGAIN,),
+        also=(("_backward.py", "None if ctx.hooks else ctx.node", "ctx.node"),),
+    ),
+    Sabotage(
+        "hooks between are not looked for",
+        "_backward.py",
+        "None if ctx.hooks else ctx.node",
+        "ctx.node",
+        (AGAIN,),
+    ),
+    Sabotage(
+        "a sum of another backward is believed",
+        "_backward.py",
+        "    return rows if sums[2] == torch._C._current_graph_task_id() else None\n",
+        "    return rows\n",
+        (f"{HANDOVER}::test_a_sum_of_another_backward_is_not_used",),
     ),
     Sabotage(
         "a sum handed over stays for the next backward",
@@ -34,7 +50,8 @@ MEMORY = (
     Sabotage(
         "the sum is taken over the wrong dimension of images",
         "_backward.py",
-        "        return x.view(batch, width, -1), 2\n",
+        "        return (x.view(batch, width, -1), 2) if channels_first and dims > 2"
+        " else (x.view(batch, -1, width), 1)\n",
         "        return x.view(batch, -1, width), 1\n",
         (f"{HANDOVER}::test_rows_are_taken_over_and_right",),
     ),
