@@ -1,7 +1,7 @@
 """What does a model keep for its backward pass, and what does keeping less cost in time?
 
     pytest bench/bench_memory.py                                    every case; result file and figure
-    python -m bench.bench_memory --cases roberta,gpt2 [--no-time]   some, printed
+    python -m bench.bench_memory --cases roberta,gpt2 [--no-time] [--save]   some
 
 Bytes twice over, in one run: what autograd is seen to save (saved-tensor hooks), and how much more the allocator has
 handed out when the forward has ended than before it began, output included, so that nothing kept beside autograd
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import dp_bitfit_kernels as dpk
-from bench import memory_models, results
+from bench import memory_models, memory_plot, results
 from bench.environment import environment
 from bench.memory_models import CASES, MemoryCase
 from bench.providers import is_bias
@@ -221,41 +222,43 @@ def times(name: str, found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def run(names: Iterable[str], *, time: bool) -> dict[str, Any]:
-    found = {}
+def run(names: Iterable[str], *, time: bool = True, save: bool = False) -> None:
+    """Bytes of every case first, then the times, which want a quiet machine."""
+    names = list(names)
     for name in names:
-        found[name] = run_case(CASES[name])
-        print(summary(name, found[name]), flush=True)
-    for name in found:
+        found = run_case(CASES[name])
+        print(summary(name, found), flush=True)
+        if save:
+            publish(name, {"environment": environment(), **found})
+    for name in names:
         if time and name in TIMED:
-            found[name]["time"] = {str(threads): measure_time(CASES[name], threads) for threads in (1, 2)}
-            print("\n".join(times(name, found[name])), flush=True)
-    return {
-        "command": "pytest bench/bench_memory.py",
-        "environment": environment(),
-        "cases": found,
-    }
+            timed = {"time": {str(threads): measure_time(CASES[name], threads) for threads in (1, 2)}}
+            print("\n".join(times(name, timed)), flush=True)
+            if save:
+                publish(name, timed)
+
+
+def publish(name: str, found: dict[str, Any]) -> None:
+    """Put what was found of a case into the result file, beside what is there; the figure is drawn anew."""
+    target = results.path("memory.json")
+    content = json.loads(target.read_text()) if target.exists() else {"cases": {}}
+    content["command"] = "pytest bench/bench_memory.py"
+    content["cases"].setdefault(name, {}).update(found)
+    results.write("memory.json", content)
+    memory_plot.draw(content, results.path("memory.png"))
 
 
 def test_memory(benchmark: Any) -> None:
-    result: dict[str, Any] = {}
-
-    def measure() -> None:
-        result.update(run(CASES, time=True))
-
-    benchmark.pedantic(measure, rounds=1, iterations=1)
-    results.write("memory.json", result)
-    from bench.memory_plot import draw
-
-    draw(result, results.path("memory.png"))
+    benchmark.pedantic(lambda: run(CASES, save=True), rounds=1, iterations=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--save", action="store_true", help="also into bench/results/cpu/memory.json and .png")
     options = parser.parse_args()
-    run(options.cases.split(","), time=not options.no_time)
+    run(options.cases.split(","), time=not options.no_time, save=options.save)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ def draw(result: dict[str, Any], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     cases = {name: case["curve"] for name, case in result["cases"].items() if case.get("curve")}
+    if not cases:
+        return
     figure, axes = plt.subplots(1, len(cases), figsize=(3.6 * len(cases), 3.6), squeeze=False)
     for axis, (name, curve) in zip(axes[0], cases.items(), strict=True):
         for method, line in curve.items():
