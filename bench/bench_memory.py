@@ -6,7 +6,8 @@
 Bytes twice over, in one run: what autograd is seen to save (saved-tensor hooks), and how much more the allocator has
 handed out when the forward has ended than before it began, output included, so that nothing kept beside autograd
 escapes. Both against plain autograd that trains the same biases, BatchNorm by its statistics. Before any number, the
-gradient of every bias is compared with plain autograd's under the same random masks.
+gradient of every bias is compared with plain autograd's under the same random masks. Each case has a process of its
+own, so that no case meets the heap that another left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import argparse
 import copy
 import gc
 import json
+import multiprocessing
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -31,8 +34,8 @@ from dp_bitfit_kernels._allocator import peak_bytes
 
 METHODS = ("plain_full", "plain_bias", "off", "exact", "compact")
 TOLERANCE = 1e-4  # of the largest element of all gradients; float32 against float32
-SECONDS = 45.0
-ROUNDS = 40
+SECONDS = 100.0
+ROUNDS = 60
 
 
 def prepare(model: nn.Module, method: str) -> nn.Module:
@@ -125,7 +128,7 @@ def measure_curve(case: MemoryCase, base: nn.Module) -> dict[str, dict[str, floa
                 model = opacus_hooks(model) if method == "opacus_hooks" else prepare(model, method)
                 found = peak_bytes(lambda m=model, s=size: lambda: case.run(m, case.inputs(1, s)), warm_up=0)
             except NotImplementedError as refused:  # by Opacus, for a layer that it does not know
-                print(f"  {case.name}: no line for Opacus: {refused}")
+                print(f"  {case.name}: no line for Opacus: {str(refused)[:150]} ...")
                 break
             curve[method][str(size)] = found.after - found.resident
     return {method: line for method, line in curve.items() if line}
@@ -149,29 +152,26 @@ TIMED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 }
 
 
-def measure_time(case: MemoryCase, threads: int, seconds: float = SECONDS) -> dict[str, Any]:
+def measure_time(name: str, threads: int, seconds: float = SECONDS) -> dict[str, Any]:
     """Forward and backward, not private, interleaved: what keeping less costs or saves by itself."""
-    build, batch, size = TIMED[case.name]
+    case = CASES[name]
+    build, batch, size = TIMED[name]
     inputs = case.inputs(batch, size)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        torch.manual_seed(0)
-        base = build()
-        models = {m: prepare(copy.deepcopy(base), m) for m in ("plain_bias", "exact", "compact")}
-        models["control"] = prepare(copy.deepcopy(base), "plain_bias")
+    torch.manual_seed(0)
+    base = build()
+    models = {m: prepare(copy.deepcopy(base), m) for m in ("plain_bias", "exact", "compact")}
+    models["control"] = prepare(copy.deepcopy(base), "plain_bias")
 
-        def stepping(model: nn.Module) -> Callable[[], None]:
-            def step() -> None:
-                case.run(model, inputs).float().sum().backward()
-                model.zero_grad()
+    def stepping(model: nn.Module) -> Callable[[], None]:
+        def step() -> None:
+            case.run(model, inputs).float().sum().backward()
+            model.zero_grad()
 
-            return step
+        return step
 
-        steps = {name: stepping(model) for name, model in models.items()}
-        samples = interleave(steps, rounds=ROUNDS, every={}, budget_s=seconds)
-    finally:
-        torch.set_num_threads(before)
+    steps = {name: stepping(model) for name, model in models.items()}
+    samples = interleave(steps, rounds=ROUNDS, every={}, budget_s=seconds)
     return {
         "rounds": samples.rounds,
         "batch": batch,
@@ -181,7 +181,8 @@ def measure_time(case: MemoryCase, threads: int, seconds: float = SECONDS) -> di
     }
 
 
-def run_case(case: MemoryCase) -> dict[str, Any]:
+def run_case(name: str) -> dict[str, Any]:
+    case = CASES[name]
     torch.manual_seed(0)
     base = case.build()
     found: dict[str, Any] = {"reason": case.reason, "check": check(case, base)}
@@ -220,17 +221,23 @@ def times(name: str, found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def alone(job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What the job returns, run in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(job, *arguments).result()
+
+
 def run(names: Iterable[str], *, time: bool = True, save: bool = False) -> None:
     """Bytes of every case first, then the times, which want a quiet machine."""
     names = list(names)
     for name in names:
-        found = run_case(CASES[name])
+        found = alone(run_case, name)
         print(summary(name, found), flush=True)
         if save:
             publish(name, {"environment": environment(), **found})
     for name in names:
         if time and name in TIMED:
-            timed = {"time": {str(threads): measure_time(CASES[name], threads) for threads in (1, 2)}}
+            timed = {"time": {str(threads): alone(measure_time, name, threads) for threads in (1, 2)}}
             print("\n".join(times(name, timed)), flush=True)
             if save:
                 publish(name, timed)

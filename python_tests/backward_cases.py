@@ -19,13 +19,17 @@ KINDS = reference_backward.KINDS
 
 @dataclass(frozen=True)
 class BackwardCase:
-    """Shape [B, R, C] of a gradient. A large one is left out where kernels are interpreted."""
+    """Shape [B, R, C] of a gradient. A large one is left out where kernels are interpreted.
+
+    every_dtype: run in every dtype, not in float32 alone.
+    """
 
     batch: int
     length: int
     width: int
     reason: str
     large: bool = False
+    every_dtype: bool = False
 
     def __str__(self) -> str:
         return f"{self.batch}x{self.length}x{self.width}"
@@ -40,17 +44,19 @@ class BackwardCase:
 
 
 CASES = (
-    BackwardCase(3, 5, 7, "nothing divides anything; a sample ends within a byte, the last byte has one bit"),
-    BackwardCase(2, 4, 64, "whole vectors, whole bytes"),
+    BackwardCase(
+        3, 5, 7, "nothing divides anything; a sample ends within a byte, the last byte has one bit", every_dtype=True
+    ),
+    BackwardCase(2, 4, 64, "whole vectors, whole bytes", every_dtype=True),
     BackwardCase(4, 1, 70, "2-D input of a linear layer"),
     BackwardCase(2, 70, 1, "one feature"),
     BackwardCase(2, 12, 49, "7 x 7 image: rows start within a byte"),
-    BackwardCase(2, 34, 130, "tiles cut off both ways"),
+    BackwardCase(2, 34, 130, "tiles cut off both ways", every_dtype=True),
     BackwardCase(1, 700, 3, "more rows than one float32 chain may add"),
     BackwardCase(2, 2, 1100, "more columns than one tile or one float32 chain"),
     BackwardCase(1, 5000, 3, "long R: partial sums in stages", large=True),
     BackwardCase(1, 3, 5000, "long C: means and sums in stages", large=True),
-    BackwardCase(2, 300, 130, "several chunks of rows", large=True),
+    BackwardCase(2, 300, 130, "several chunks of rows", large=True, every_dtype=True),
     BackwardCase(0, 4, 8, "empty batch"),
     BackwardCase(2, 0, 8, "nothing to sum over dimension 1"),
     BackwardCase(2, 4, 0, "nothing to sum over dimension 2"),

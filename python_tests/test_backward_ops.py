@@ -42,6 +42,13 @@ CALLS = [
     for reduce in call.reduces
 ]
 FLOAT32_CALLS = [p for p in CALLS if p.values[1] == torch.float32]
+# A dtype changes loads, stores and their vectors, not how a shape is cut: the short ones take part of the shapes.
+SHAPED_CALLS = [
+    pytest.param(*call.values, case, id=f"{call.id}-{case}")
+    for call in CALLS
+    for case in CASES
+    if call.values[1] == torch.float32 or case.every_dtype
+]
 
 
 @pytest.fixture(params=LANES, scope="module")
@@ -96,21 +103,20 @@ def check_grad_call(lane: Lane, call: GradCall, data: Data) -> None:
     assert_rows(rows, data.grad if call.sums_grad else dx, data.reduce)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("call", "dtype", "reduce"), CALLS)
+@pytest.mark.parametrize(("call", "dtype", "reduce", "case"), SHAPED_CALLS)
 def test_grad_and_rows(lane: Lane, call: GradCall, dtype: torch.dtype, reduce: int, case: BackwardCase) -> None:
     case.skip_where_interpreted()
     check_grad_call(lane, call, make_data(case, dtype, reduce))
 
 
-@pytest.mark.parametrize("offset", [1, 3])
+@pytest.mark.parametrize("offset", [3])
 @pytest.mark.parametrize(("call", "dtype", "reduce"), CALLS)
 def test_from_any_address(lane: Lane, call: GradCall, dtype: torch.dtype, reduce: int, offset: int) -> None:
     check_grad_call(lane, call, make_data(BackwardCase(2, 6, 72, "vectors, were it aligned"), dtype, reduce, offset))
 
 
 @pytest.mark.parametrize("case", [MATES, LONG_MATES], ids=str)
-@pytest.mark.parametrize(("call", "dtype", "reduce"), CALLS)
+@pytest.mark.parametrize(("call", "dtype", "reduce"), FLOAT32_CALLS)
 def test_a_sample_does_not_depend_on_its_batch_mates(
     lane: Lane, call: GradCall, dtype: torch.dtype, reduce: int, case: BackwardCase
 ) -> None:
