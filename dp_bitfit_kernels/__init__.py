@@ -25,6 +25,7 @@ from ._validate import (
     UnsupportedModuleError,
 )
 from .capture import CapturedStep, capture_step
+from .check import ModelCheck, check_model
 from .checkpoint import load_biases, save_biases
 from .convert import conversion_report, convert_model, restore_model
 from .engine import PrivacyEngine
@@ -43,12 +44,14 @@ __all__ = [
     "DPBiTFiTError",
     "EngineError",
     "MemoryReport",
+    "ModelCheck",
     "OpError",
     "OptimizerError",
     "PrivacyEngine",
     "SamplingError",
     "UnsupportedModuleError",
     "capture_step",
+    "check_model",
     "clipping",
     "conversion_report",
     "convert_model",

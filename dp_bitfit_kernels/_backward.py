@@ -7,8 +7,9 @@ gradient, a hook may have changed it. So the layer uses the sum only if the grad
 that was summed, with the version that it had then, in the same run of backward, and otherwise takes the sum itself. The
 tensor is held until the layer has looked, so its identity cannot pass to another, and autograd, seeing it held, does
 not add into it in place. Some writes leave no version behind (``.data``, NumPy, collective operations): all that can
-run between the two are hooks of the tensor between them, so where it has one when the gradient is made, no sum is
-handed over. (A pre-hook of the graph's node is not seen; it must not write past the version counter.)
+run between the two are hooks. Where the tensor between them has one when the gradient is made, no sum is handed over.
+(Hooks of the graph's nodes themselves, ``y.grad_fn.register_hook``, are not seen: they must not write past the version
+counter.)
 Nothing of this outlives the node: a graph that is dropped takes its sums along. Under torch.compile none of it runs;
 Inductor fuses the traced sum with what produces the gradient.
 """

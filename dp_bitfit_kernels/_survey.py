@@ -1,4 +1,4 @@
-"""The modules and parameters of a model, each object once with all its names, and which modules a batch reaches."""
+"""The modules and parameters of a model, each object once with all its names, and which of them a batch uses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import layers
+from ._nested import tensors_in
 from ._selection import what_is
 
 # These read their children's parameters themselves, so the children's forward, and with it ours, never runs.
@@ -25,6 +26,7 @@ class Site:
     names: list[str]
     kind: layers.LayerKind | None
     obstacle: str  # why it cannot be converted; empty if it can
+    functional: bool = False  # another module reads its parameters and never calls it
 
     def gives(self, own: str, whole: bool = False) -> bool:
         if self.kind is None or self.obstacle:
@@ -75,7 +77,8 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Slot]]:
     for module_name, module in model.named_modules(remove_duplicate=False):
         if id(module) not in sites:
             kind = layers.lookup(module)
-            sites[id(module)] = Site(module, [], kind, _obstacle(module, kind, id(module) in functional))
+            used = id(module) in functional
+            sites[id(module)] = Site(module, [], kind, _obstacle(module, kind, used), used)
         site = sites[id(module)]
         site.names.append(module_name)
         for own, parameter in module._parameters.items():
@@ -93,8 +96,7 @@ def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool
         return "its parameters are used by the MultiheadAttention around it, which never calls it"
     if nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
-    own = vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
-    taken = [] if layers.is_converted(module) else sorted(layers.base.NAMES & own)
+    taken = [] if layers.is_converted(module) else sorted(layers.base.NAMES & own_names(module))
     if kind is not None and taken:
         return f"it has attributes of its own that conversion needs: {', '.join(taken)}"
     if kind is not None:
@@ -105,32 +107,79 @@ def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool
     return "no per-sample gradient is known for this class"
 
 
-def called_modules(model: nn.Module, sample_batch: Any, sites: list[Site]) -> set[int]:
-    """ids of the convertible modules that one forward of `sample_batch` calls.
+def own_names(module: nn.Module) -> set[str]:
+    """Names of everything that is set on the instance."""
+    return {*vars(module), *module._parameters, *module._buffers, *module._modules}
 
-    The hooks also keep TransformerEncoderLayer off its fused path, which reads its children without calling them.
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one forward of a sample batch uses: ids of the modules that it calls, of the parameters it depends on.
+
+    reached: empty where the output wants no gradient, so that nothing can be seen.
+    """
+
+    called: set[int]
+    reached: set[int]
+
+    def uses(self, tensor: Slot) -> bool:
+        if self.reached:
+            return id(tensor.parameter) in self.reached
+        return any(id(site.module) in self.called for site, _ in tensor.owners)
+
+
+def usage(model: nn.Module, sample_batch: Any, sites: list[Site], tensors: list[Slot]) -> Usage:
+    """Run the model once in evaluation mode; flags, modes, buffers and generators are afterwards as they were.
+
+    The gradients that are asked for also keep TransformerEncoderLayer off its fused path, which calls no child.
     """
     called: set[int] = set()
 
     def seen(module: nn.Module, inputs: Any) -> None:
         called.add(id(module))
 
-    hooks = [site.module.register_forward_pre_hook(seen) for site in sites if site.kind is not None]
+    parameters = [t.parameter for t in tensors if t.parameter.is_floating_point() and not t.parameter.is_inference()]
+    wanted = [parameter.requires_grad for parameter in parameters]
+    hooks = [site.module.register_forward_pre_hook(seen) for site in sites]
     try:
-        with torch.no_grad(), undisturbed(model):
+        with torch.enable_grad(), undisturbed(model):
+            for parameter in parameters:
+                parameter.requires_grad_(True)
             model.eval()
-            call(model, sample_batch)
+            reached = _leaves_under(list(tensors_in(call(model, sample_batch))))
     finally:
         for hook in hooks:
             hook.remove()
-    return called
+        for parameter, flag in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(flag)
+    return Usage(called, reached)
+
+
+def _leaves_under(outputs: list[torch.Tensor]) -> set[int]:
+    """ids of the leaves that the outputs depend on."""
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen, leaves = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        for before, _ in node.next_functions:
+            if before is not None and before not in seen:
+                seen.add(before)
+                waiting.append(before)
+    return leaves
+
+
+def arguments(sample_batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple of positional or a mapping of keyword arguments, as the model takes it."""
+    if isinstance(sample_batch, Mapping):
+        return (), dict(sample_batch)
+    return (tuple(sample_batch) if isinstance(sample_batch, (tuple, list)) else (sample_batch,)), {}
 
 
 def call(model: nn.Module, sample_batch: Any) -> Any:
-    """The model on a tensor, a tuple of positional or a mapping of keyword arguments."""
-    if isinstance(sample_batch, Mapping):
-        return model(**sample_batch)
-    return model(*sample_batch) if isinstance(sample_batch, (tuple, list)) else model(sample_batch)
+    args, kwargs = arguments(sample_batch)
+    return model(*args, **kwargs)
 
 
 @contextlib.contextmanager

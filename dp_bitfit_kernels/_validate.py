@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +22,14 @@ class UnsupportedModuleError(ConversionError):
 
 
 class BatchLayoutError(DPBiTFiTError):
-    """The rows of a tensor cannot be shown to be the samples of the batch."""
+    """The rows of a tensor cannot be shown to be the samples of the batch.
+
+    layers: the converted layers of which that was found, where it is known.
+    """
+
+    def __init__(self, message: str, layers: Sequence[Any] = ()):
+        super().__init__(message)
+        self.layers = tuple(layers)
 
 
 class EngineError(DPBiTFiTError):

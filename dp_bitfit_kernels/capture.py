@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import layout
+from ._nested import map_tensors, tensors_in
 from ._validate import EngineError
 from .fingerprint import Fingerprint, outline
 from .flat_update import FlatUpdate
@@ -210,7 +210,7 @@ class CapturedStep:
             if found is None:
                 found = self._capture(args, kwargs)
             else:
-                for static, value in zip(found.inputs, layout.tensors_in((args, kwargs)), strict=True):
+                for static, value in zip(found.inputs, tensors_in((args, kwargs)), strict=True):
                     static.copy_(value, non_blocking=True)
             self._accumulations[key] = found
             found.graph.replay()
@@ -300,7 +300,7 @@ class CapturedStep:
             self.drop_graphs()
             raise
         self._fingerprint = self._present_fingerprint()
-        return _Accumulation(list(layout.tensors_in(static)), graph)
+        return _Accumulation(list(tensors_in(static)), graph)
 
     def _recorded(self, work: Callable[[], None], pool: Any) -> Graph:
         try:
@@ -376,7 +376,7 @@ class CapturedStep:
 
     def _on_device(self, value: Any, copy: bool = False) -> Any:
         device = self._ledger.device
-        return layout.map_tensors(value, lambda t: t.detach().to(device, non_blocking=True, copy=copy))
+        return map_tensors(value, lambda t: t.detach().to(device, non_blocking=True, copy=copy))
 
     @contextmanager
     def _beside(self) -> Iterator[None]:

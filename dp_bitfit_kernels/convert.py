@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from . import layers
+from . import layers, layout
+from ._hosts import Hosts, below, inside, relative
 from ._selection import BiasRule, ModuleRule, bias_rule, module_rule
-from ._survey import Site, Slot, called_modules, survey
-from ._validate import ConversionError, UnsupportedModuleError
+from ._survey import Site, Slot, Usage, arguments, survey, undisturbed, usage
+from ._validate import BatchLayoutError, ConversionError, UnsupportedModuleError
+from .layers.one_by_one import ONE_BY_ONE, OneByOneLayer
 from .report import NOT_A_BIAS, ConversionReport
 
 NEVER_CALLED = "never called on sample_batch: it would only receive noise"
@@ -85,10 +87,17 @@ def convert_model(
     _check_arguments(model, add_missing_biases, memory, backend)
     chosen, whole = bias_rule(biases), module_rule(train_modules)
     sites, tensors = survey(model)
-    called = None if sample_batch is None else called_modules(model, sample_batch, sites)
-    plan = _decide(sites, tensors, chosen, whole, called, memory)
+    used = None if sample_batch is None else usage(model, sample_batch, sites, tensors)
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    _apply(plan, tensors, backend, memory)
+    unfit: list[nn.Module] = []  # the modules around them are run one sample at a time
+    while True:
+        plan = _decide(sites, tensors, chosen, whole, used, memory, unfit)
+        _swap(plan, backend, memory)
+        more = [] if used is None else _unheld(model, sample_batch, plan)
+        if not more:
+            break
+        unfit += more
+    _train(plan, tensors)
     _records[model] = _Record(plan.report, required_grad)
     return model
 
@@ -151,67 +160,103 @@ def _decide(
     tensors: list[Slot],
     chosen: BiasRule,
     whole: ModuleRule,
-    called: set[int] | None,
+    used: Usage | None,
     memory: str,
+    unfit: list[nn.Module],
 ) -> _Plan:
     everything = [name for tensor in tensors for name in tensor.names]
     chosen.check(everything, [name for tensor in tensors for name in tensor.names if tensor.not_bias is None])
     whole.check([name for site in sites for name in site.names])
     _check_statistics(sites)
     head = {id(site) for site in sites if any(whole.covers(name) for name in site.names)}
+    no_layer = {id(module) for module in unfit}
+    hosts = Hosts(sites, unfit, None if used is None else used.called)
 
     reasons: dict[int, str] = {}  # index of the tensor -> why it is frozen
     wanted: dict[int, list[tuple[Site, str]]] = {}  # index of the tensor -> the owners that give its gradient
-    refused: list[tuple[str, str]] = []
-    refused_whole: list[tuple[str, str]] = []
+    refused: dict[bool, list[tuple[str, str]]] = {False: [], True: []}  # in a head or not -> name, why
     for index, tensor in enumerate(tensors):
         in_head = any(id(site) in head for site, _ in tensor.owners)
         reason = None if in_head else chosen.reason(tensor.names, tensor.not_bias)
+        if reason is None and used is not None and not used.uses(tensor):
+            reason = NEVER_CALLED
         if reason is not None:
             reasons[index] = reason
             continue
-        owners = [(site, own) for site, own in tensor.owners if site.gives(own, whole=id(site) in head)]
-        why = _refusal(tensor, owners, head if in_head else set())
-        if why:
-            (refused_whole if in_head else refused).append((tensor.names[0], why))
-        elif called is not None and not any(id(site.module) in called for site, _ in owners):
-            reasons[index] = NEVER_CALLED
-        else:
-            wanted[index] = owners
-    if refused_whole:
-        raise UnsupportedModuleError(
-            "train_modules asks for parameters that cannot be trained whole in this version:\n"
-            + _itemised(refused_whole)
-            + "\nname other modules in train_modules, or freeze these by leaving their module out"
-        )
-    if refused:
-        excluded = ", ".join(f'"!{name}"' for name, _ in refused)
-        raise UnsupportedModuleError(
-            "these biases should be trained, but their per-sample gradient is not known:\n"
-            + _itemised(refused)
-            + f"\nto leave them frozen: biases=({chosen.spelled()}, {excluded})"
-        )
+        wanted[index] = [
+            (site, own)
+            for site, own in tensor.owners
+            if site.gives(own, whole=id(site) in head)
+            and id(site.module) not in no_layer
+            and (used is None or id(site.module) in used.called)
+        ]
+        if not wanted[index] or _used_beside(tensor, wanted[index], head if in_head else set()):
+            host = hosts.of(tensor)
+            if isinstance(host, str):
+                refused[in_head].append((tensor.names[0], host))
+            else:
+                hosts.take(host)
+    _refuse(refused, chosen)
     if not wanted:
         raise ConversionError(_nothing_to_train(tensors, reasons))
-    return _plan(sites, tensors, wanted, reasons, called, memory)
+    alone = hosts.outermost()
+    for index, owners in wanted.items():
+        wanted[index] = _given_by(alone, tensors[index], owners)
+    return _plan(sites, tensors, wanted, reasons, used, memory, alone)
 
 
-def _refusal(tensor: Slot, owners: list[tuple[Site, str]], head: set[int]) -> str:
-    """Why a parameter that should be trained cannot be; empty if it can."""
+def _used_beside(tensor: Slot, owners: list[tuple[Site, str]], head: set[int]) -> bool:
+    """Whether owners that do not give its gradient use a weight too, so that a part of it would miss the ledger."""
     giving = {id(site) for site, _ in owners} & (head or {id(site) for site, _ in owners})
-    rest = [site.names[0] for site, _ in tensor.owners if id(site) not in giving]
-    if owners and rest and tensor.not_bias:  # the rest uses it too, in a way that would add gradient beside the ledger
-        return f"a weight tied to one in {', '.join(map(repr, rest))}, which does not train it"
-    if not owners:
-        site, own = next(((s, o) for s, o in tensor.owners if id(s) in head), tensor.owners[0])
-        kind = site.kind
-        untrainable = f"{kind.name} layers cannot train their {own}" if kind is not None else ""
-        return f"{type(site.module).__name__}: {site.obstacle or untrainable}"
-    if not tensor.parameter.is_floating_point():
-        return f"its dtype is {tensor.parameter.dtype}: only real floating-point parameters can be trained"
-    if tensor.parameter.is_inference():
-        return "it was made under torch.inference_mode, so it can never require a gradient"
-    return ""
+    return bool(tensor.not_bias) and any(id(site) not in giving for site, _ in tensor.owners)
+
+
+def _given_by(alone: list[Site], tensor: Slot, owners: list[tuple[Site, str]]) -> list[tuple[Site, str]]:
+    """Who gives the gradient: the hosts that the parameter lies in, under its name there, and layers outside them."""
+    given = [(site, own) for site, own in owners if not any(inside(site, host) for host in alone)]
+    for host in alone:
+        names = [name for name in tensor.names if below(name, host)]
+        if names:
+            given.append((host, relative(names[0], host)))
+    return given
+
+
+def _refuse(refused: dict[bool, list[tuple[str, str]]], chosen: BiasRule) -> None:
+    if refused[True]:
+        raise UnsupportedModuleError(
+            "train_modules asks for parameters that cannot be trained whole:\n"
+            + _itemised(refused[True])
+            + "\nname other modules in train_modules, or freeze these by leaving their module out"
+        )
+    if refused[False]:
+        excluded = ", ".join(f'"!{name}"' for name, _ in refused[False])
+        raise UnsupportedModuleError(
+            "these biases should be trained, but their per-sample gradient is not known:\n"
+            + _itemised(refused[False])
+            + f"\nto leave them frozen: biases=({chosen.spelled()}, {excluded})"
+        )
+
+
+def _unheld(model: nn.Module, sample_batch: Any, plan: _Plan) -> list[nn.Module]:
+    """Converted layers whose rows are not the samples' on the sample batch; then the swaps of the plan are undone."""
+    args, kwargs = arguments(sample_batch)
+    sizes = layout.leading_sizes(args, kwargs)
+    converted = [site.module for site, kind, _ in plan.swap if issubclass(kind.mixin, layers.BiasLayer)]
+    if len(sizes) != 1:  # the engine asks, once its batch is declared
+        return []
+    try:
+        with undisturbed(model):
+            model.eval()
+            layout.prove(model, args, kwargs, sizes.pop(), converted)  # type: ignore[arg-type]
+    except BatchLayoutError as error:
+        _undo(plan)
+        if not error.layers:
+            raise
+        return list(error.layers)
+    except BaseException:
+        _undo(plan)
+        raise
+    return []
 
 
 def _check_statistics(sites: list[Site]) -> None:
@@ -238,9 +283,11 @@ def _plan(
     tensors: list[Slot],
     wanted: dict[int, list[tuple[Site, str]]],
     reasons: dict[int, str],
-    called: set[int] | None,
+    used: Usage | None,
     memory: str,
+    alone: list[Site],
 ) -> _Plan:
+    hosts = {id(host) for host in alone}
     own_names: dict[int, set[str]] = collections.defaultdict(set)
     trained, frozen, tied, groups, sizes = {}, {}, {}, {}, {}
     for index, tensor in enumerate(tensors):
@@ -250,17 +297,18 @@ def _plan(
             for site, own in wanted[index]:
                 own_names[id(site)].add(own)
             site, own = wanted[index][0]
-            assert site.kind is not None
-            trained[name], groups[name] = numel, f"{site.kind.name}.{own}"
+            trained[name], groups[name] = numel, _group(site, own, id(site) in hosts)
         else:
             frozen[name], sizes[name] = reasons[index], numel
     swap = []
     for site in sites:
-        if site.kind is not None and (
+        if id(site) in hosts:
+            swap.append((site, ONE_BY_ONE, frozenset(own_names[id(site)])))
+        elif site.kind is not None and (
             own_names[id(site)] or site.kind.freezes_statistics or site.keeps_less_in(memory)
         ):
             swap.append((site, site.kind, frozenset(own_names[id(site)])))
-    idle = [site.names[0] for site in sites if called is not None and site.biased and id(site.module) not in called]
+    idle = [s.names[0] for s in sites if used is not None and s.biased and id(s.module) not in used.called]
     report = ConversionReport(
         trained=trained,
         frozen=frozen,
@@ -268,27 +316,39 @@ def _plan(
         groups=groups,
         sizes=sizes,
         layers=dict(collections.Counter(kind.name for _, kind, _ in swap)),
-        never_called=tuple(idle),
+        never_called=tuple(name for name in idle if not any(below(name, host) for host in alone)),
+        one_by_one={site.names[0]: type(site.module).__name__ for site in alone},
         total=sum(tensor.parameter.numel() for tensor in tensors),
     )
     return _Plan(report, swap, [tensors[index].parameter for index in wanted])
 
 
-def _apply(plan: _Plan, tensors: list[Slot], backend: str, memory: str) -> None:
-    done: list[nn.Module] = []
+def _group(site: Site, own: str, alone: bool) -> str:
+    if alone or site.kind is None:
+        return f"{type(site.module).__name__} one sample at a time: {own.rpartition('.')[2]}"
+    return f"{site.kind.name}.{own}"
+
+
+def _swap(plan: _Plan, backend: str, memory: str) -> None:
     try:
         for site, kind, own_names in plan.swap:
             layers.convert_layer(site.module, kind)
-            done.append(site.module)
             converted: Any = site.module
             converted.backend = backend
             converted.memory = memory
             converted.layer_name = site.names[0]
             converted.__dict__["trained"] = own_names
     except BaseException:
-        for module in done:
-            layers.restore_layer(module)
+        _undo(plan)
         raise
+
+
+def _undo(plan: _Plan) -> None:
+    for site, _, _ in plan.swap:
+        layers.restore_layer(site.module)
+
+
+def _train(plan: _Plan, tensors: list[Slot]) -> None:
     trained = {id(parameter) for parameter in plan.trained}
     for tensor in tensors:
         tensor.parameter.grad = None  # an optimizer would still apply it
@@ -311,6 +371,11 @@ def _rebuilt_report(model: nn.Module) -> ConversionReport:
         sizes={tensor.names[0]: tensor.parameter.numel() for tensor in frozen},
         layers=dict(collections.Counter(type(module).__name__ for module in converted)),
         never_called=(),
+        one_by_one={
+            name: type(module).__name__
+            for name, module in model.named_modules()
+            if isinstance(module, OneByOneLayer) and module.trained
+        },
         total=sum(tensor.parameter.numel() for tensor in tensors),
     )
 

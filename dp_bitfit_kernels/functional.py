@@ -19,6 +19,7 @@ from torch import Tensor
 from . import backends, reference
 from ._backward import KERNEL_DTYPES, handed_over
 from ._validate import EngineError
+from .arrangement import by_sample, fold
 
 
 def samples_by_position(grad: Tensor, width: int, channels_first: bool) -> Tensor:
@@ -120,18 +121,26 @@ class BiasGradFunction(torch.autograd.Function):
 
     Either ``rows`` [B, p] float32, a leaf whose value is never read and whose ``grad`` is the layer's slice of the
     ledger, or ``bias``, which gets its ordinary gradient, summed over the batch; the other one is None.
+    ``kind`` of an arrangement: where ``output`` holds the samples; None: one row each.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, bias: Tensor | None, rows: Tensor | None, channels_first: bool, backend: str
+        ctx: Any,
+        output: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        channels_first: bool,
+        backend: str,
+        kind: str | None,
     ) -> Tensor:
+        ctx.kind = kind
         if rows is not None:
-            ctx.width, ctx.shape = rows.shape[1], None
+            (ctx.batch, ctx.width), ctx.shape = rows.shape, None
         elif bias is not None:
             ctx.width, ctx.shape, ctx.dtype = bias.numel(), bias.shape, bias.dtype
         ctx.channels_first, ctx.backend = channels_first, backend
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and kind is None:
             ctx.awaits, ctx.sums = (ctx.width, channels_first), None
         return _pass_on(output)
 
@@ -139,12 +148,37 @@ class BiasGradFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.shape is None:
             _refuse_graph()
+        if ctx.kind is not None:
+            return grad, None, arranged_bias_grad(ctx, grad), None, None, None
         rows = None if torch.compiler.is_compiling() else handed_over(ctx, grad)
         if rows is None:
             rows = bias_grad(grad, ctx.width, ctx.channels_first, ctx.backend)
         if ctx.shape is None:
-            return grad, None, rows, None, None
-        return grad, rows.sum(0).to(ctx.dtype).view(ctx.shape), None, None, None
+            return grad, None, rows, None, None, None
+        return grad, rows.sum(0).to(ctx.dtype).view(ctx.shape), None, None, None, None
+
+
+def arranged_bias_grad(ctx: Any, grad: Tensor) -> Tensor:
+    """Per-sample sums of a gradient that holds several rows of each sample -> [B, p].
+
+    ctx: ``kind`` (see arrangement), ``batch``, ``width``, ``channels_first``, ``backend``.
+    """
+    if ctx.channels_first:
+        return fold(bias_grad(grad, ctx.width, True, ctx.backend), ctx.kind, ctx.batch)
+    return bias_grad(by_sample(grad, ctx.kind, ctx.batch), ctx.width, False, ctx.backend)
+
+
+class SpreadFunction(torch.autograd.Function):
+    """A parameter once a sample, [B, *shape], without a copy; its gradient is the leaf's, ``rows`` [B, p] float32."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, rows: Tensor) -> Tensor:
+        return parameter.expand(rows.shape[0], *parameter.shape).data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_graph()
+        return None, grad.reshape(grad.shape[0], -1).float()
 
 
 class WeightGradFunction(torch.autograd.Function):
@@ -154,12 +188,16 @@ class WeightGradFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, rows: Tensor, kind: str | None) -> Tensor:
         ctx.save_for_backward(inputs)
+        ctx.kind, ctx.batch = kind, rows.shape[0]
         return _pass_on(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_graph()
         (inputs,) = ctx.saved_tensors
-        return grad, None, weight_grad(grad, inputs)
+        if ctx.kind is not None:
+            rows = weight_grad(by_sample(grad, ctx.kind, ctx.batch), by_sample(inputs, ctx.kind, ctx.batch))
+            return grad, None, rows, None
+        return grad, None, weight_grad(grad, inputs), None

@@ -117,7 +117,7 @@ class Pool(NamedTuple):
     ceil_mode: bool
 
 
-# A few KB for each kind of window and image width; kept for good, since a captured graph may read them.
+# A few KB for each kind of window and image width, as many as there are; a captured graph may read them.
 _made: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
 

@@ -2,8 +2,9 @@
 
 A leading dimension that equals the batch size proves nothing (a sequence-first tensor with T = B has it, too, and so
 has a table with B rows). It must also follow when the batch grows: so the model is run on its own inputs and one more
-row, without gradients; each converted layer's output must then have B + 1 rows, and what the added row holds must not
-show in the others' outputs, nor in a buffer. A loss that the model itself returns must be a sum or mean over samples.
+row, without gradients. Each converted layer's output must then hold B + 1 samples in one of the ways of
+``arrangement``, and what the added row holds must show in its own part alone, nor in a buffer. A loss that the model
+itself returns must be a sum or mean over samples.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import evidence
+from ._nested import map_tensors, tensors_in
 from ._validate import BatchLayoutError
+from .arrangement import PLAIN, Arrangement
 from .layers import BiasLayer
+from .layers.one_by_one import Call, OneByOneLayer
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -32,47 +37,6 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
                 seen.add(child)
                 found.append(child)
     return found
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, f.name))
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return (
-            type(value)({k: map_tensors(v, change) for k, v in value.items()})
-            if type(value) is dict
-            else _mapping(value, change)
-        )
-    if isinstance(value, Mapping):
-        return _mapping(value, change)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, change) for v in value))
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(v, change) for v in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **changed)
-    return value
-
-
-def _mapping(value: Mapping[Any, Any], change: Callable[[Tensor], Tensor]) -> Any:
-    # Mapping classes of other libraries take a plain dict: a batch encoding, an ordered dict.
-    return type(value)({k: map_tensors(v, change) for k, v in value.items()})  # type: ignore[call-arg]
 
 
 def leading_sizes(args: Any, kwargs: Any) -> set[int]:
@@ -95,64 +59,75 @@ def batch_of(args: Any, kwargs: Any) -> int:
     return sizes.pop()
 
 
-def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[BiasLayer]) -> bool:
-    """Run ``model`` four times on B + 1 rows, without gradients, and require what a batch-first model does.
+@dataclasses.dataclass
+class Proof:
+    """What the runs of one batch proved.
+
+    complete: False where all samples are alike and cannot be changed, so that not everything could be asked.
+    """
+
+    complete: bool
+    arrangements: dict[BiasLayer, Arrangement]
+    calls: dict[OneByOneLayer, tuple[Call, ...]]
+
+    def unlike_before(self) -> list[str]:
+        """Names of layers that were taken for arranged in another way than is proven, or were not known."""
+        arranged = [layer.layer_name for layer, found in self.arrangements.items() if layer.arrangement != found]
+        return arranged + [alone.layer_name for alone, calls in self.calls.items() if alone.calls != calls]
+
+    def apply(self) -> None:
+        """Tell the layers."""
+        for layer, arrangement in self.arrangements.items():
+            if arrangement is PLAIN:  # as it is by itself: code that was compiled on that stays right
+                layer.__dict__.pop("arrangement", None)
+            else:
+                layer.__dict__["arrangement"] = arrangement
+        for alone, calls in self.calls.items():
+            alone.__dict__["calls"] = calls
+
+
+def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[BiasLayer]) -> Proof:
+    """Run ``model`` four times on B + 1 rows, without gradients, and see where each converted layer holds the samples.
 
     A row is added behind the samples, and ahead of them (a model may mix forward only, as a causal one does along its
-    time); it repeats the first sample in one run and is another in the other. In all, every converted layer must give
-    B + 1 rows; and neither the outputs of the B samples, of the layers or of the model, nor a buffer may notice what
-    the added row holds. A loss that the model returns must be a sum or a mean over samples.
+    time); it repeats the first sample in one run and is another in the other. In all, every converted layer must hold
+    B + 1 samples; and neither the outputs of the B samples, of the layers or of the model, nor a buffer may notice what
+    the added row holds. A loss that the model returns must be a sum or a mean over samples. Where layers are run one
+    sample at a time, a fifth run on the B samples tells which dimensions of their inputs and outputs follow.
     The generators' state and the buffers are as before afterwards.
 
-    Returns:
-        False where all samples are alike and cannot be changed, so that the second question could not be asked.
-
     Raises:
-        BatchLayoutError: naming the layer whose leading dimension does not follow the batch or whose rows are not the
-            samples, or saying that the model mixes samples, or that it cannot be run with one more row.
+        BatchLayoutError: naming the layer whose output does not follow the batch or whose rows are not the samples, or
+            saying that the model mixes samples, or that it cannot be run with one more row.
     """
     trial = _Trial(model, args, kwargs, batch, layers)
     other = _another_row(args, kwargs, batch)
     added = (0,) if other is None else (0, other)
     samples = range(batch)
+    alone = any(isinstance(layer, OneByOneLayer) for layer in layers)
     try:
         behind = [trial.run([*samples, row]) for row in added]
-        ahead = [trial.run([row, *samples], ahead=True) for row in added] if other is not None else []
+        ahead = [trial.run([row, *samples]) for row in added] if other is not None else []
+        same = trial.run([*samples]) if alone else None
     except _FAILURES as error:
         raise BatchLayoutError(
             f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} ({error})"
         ) from error
-    faults = [fault for run in behind + ahead for fault in run.faults]
-    if faults:
-        raise BatchLayoutError(
-            "the leading dimension does not follow the batch size in layer "
-            + "; layer ".join(dict.fromkeys(faults))
-            + ". Sequence-first inputs, tables without a batch dimension and folded or flattened batches give wrong "
-            "per-sample gradients; make the layer's input batch-first, or leave its bias frozen"
-        )
-    for runs, kept in ((behind, slice(0, batch)), (ahead, slice(1, batch + 1))):
-        if runs:
-            _require_alike(runs[0], runs[-1], kept, batch)
+    pairs = [(behind[0], behind[-1], slice(0, batch)), *((a, ahead[-1], slice(1, batch + 1)) for a in ahead[:1])]
+    shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
+    arrangements = evidence.arrangements([(a.seen, b.seen, kept) for a, b, kept in pairs], batch, shapes)
+    calls = evidence.calls([(a.called, b.called, kept) for a, b, kept in pairs], same.called if same else [], batch)
+    for first, last, kept in pairs:
+        _require_apart(list(tensors_in(first.output)), list(tensors_in(last.output)), kept, batch)
+        for name, value in first.buffers.items():
+            if not evidence.same(value, last.buffers[name], 0.0):
+                raise BatchLayoutError(
+                    f"buffer {name!r} is written from the batch: it would hold private data without noise. Stop the "
+                    "model from writing it (eval() of its module does so in most)"
+                )
     if other is not None and other >= 0 and loss_in(behind[0].output) is not None:
         _require_loss_of_samples(trial)
-    return other is not None
-
-
-def _require_alike(first: _Run, last: _Run, kept: slice, batch: int) -> None:
-    """Two runs that differ in the added row must not differ in the samples: rows ``kept`` of what the model gives."""
-    _require_apart(list(tensors_in(first.output)), list(tensors_in(last.output)), kept, batch)
-    for (name, a), (_, b) in zip(first.digests, last.digests, strict=False):
-        if not _same(a, b, 1e-6):
-            raise BatchLayoutError(
-                f"layer {name!r}: the row of a sample changes with another of the batch: the model mixes samples or "
-                "reorders them before this layer, so that its rows are not the samples"
-            )
-    for name, value in first.buffers.items():
-        if not _same(value, last.buffers[name], 0.0):
-            raise BatchLayoutError(
-                f"buffer {name!r} is written from the batch: it would hold private data without noise. Stop the model "
-                "from writing it (eval() of its module does so in most)"
-            )
+    return Proof(other is not None, arrangements, calls)
 
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
@@ -163,9 +138,9 @@ class _Run:
     """What one run of the model showed."""
 
     output: Any
-    digests: list[tuple[str, Tensor]]  # of each call of a converted layer: its name, [B] float64
+    seen: list[evidence.Seen]  # one for each call of a converted layer
+    called: list[evidence.Called]  # one for each call of a layer that is run one sample at a time
     buffers: dict[str, Tensor]  # after the run
-    faults: list[str]
 
 
 @contextlib.contextmanager
@@ -189,22 +164,25 @@ class _Trial:
     batch: int
     layers: list[BiasLayer]
 
-    def run(self, rows: list[int], ahead: bool = False) -> _Run:
-        """One run on these rows of the inputs, the last of which, or the first where ``ahead``, is the added one."""
-        run = _Run(None, [], {}, [])
-        batch = len(rows) - 1
-        kept = slice(1, batch + 1) if ahead else slice(0, batch)
+    def run(self, rows: list[int]) -> _Run:
+        """One run on these rows of the inputs."""
+        run = _Run(None, [], [], {})
 
-        def look(module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                return
-            if output.dim() < 2 or output.shape[0] != batch + 1:
-                run.faults.append(f"{module.layer_name!r} gives shape {tuple(output.shape)} for {len(rows)} samples")
-            else:
-                name = str(module.layer_name)
-                run.digests.append((name, output[kept].flatten(1).abs().sum(1, dtype=torch.float64)))
+        def look(layer: Any, _inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, Tensor):
+                run.seen.append(evidence.Seen.of(layer, output, len(rows)))
 
-        handles = [layer.register_forward_hook(look) for layer in self.layers if layer.trained]
+        def look_around(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+            run.called.append(evidence.Called.of(layer, (args, kwargs), output, len(rows)))
+
+        handles = [
+            layer.register_forward_hook(look_around, with_kwargs=True)
+            if isinstance(layer, OneByOneLayer)
+            else layer.register_forward_hook(look)
+            for layer in self.layers
+            if layer.trained
+        ]
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         owned = [
             (module, name, own, buffer, buffer.clone())
@@ -262,18 +240,6 @@ def _require_loss_of_samples(trial: _Trial) -> None:
                 "the others (a mean over tokens that are not padding, class weights, in-batch negatives). Clipping "
                 "cannot bound a sample's influence on such a loss: take the loss of each sample, then their mean"
             )
-
-
-def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Equal shapes, and values equal up to ``tolerance`` of the largest, where both are finite."""
-    if a.shape != b.shape:
-        return False
-    if not (a.is_floating_point() or a.is_complex()):
-        return bool(torch.equal(a, b))
-    both = a.isfinite() & b.isfinite()
-    if not bool(both.any()):
-        return True
-    return bool(((a - b).abs()[both] <= tolerance * a.abs()[both].max()).all())
 
 
 def _take(tensor: Tensor, batch: int, rows: list[int]) -> Tensor:

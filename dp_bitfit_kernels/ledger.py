@@ -50,7 +50,7 @@ class Entry:
     parameter: nn.Parameter
     start: int
     stop: int
-    layers: tuple[tuple[BiasLayer, str], ...]  # every layer that owns it, and the attribute of its leaf
+    layers: tuple[tuple[BiasLayer, str], ...]  # every layer that gives its gradient, and its name there
 
 
 def _silence_layout_warning() -> None:
@@ -76,13 +76,18 @@ def find_entries(model: nn.Module) -> list[Entry]:
     for module in model.modules():
         if isinstance(module, BiasLayer):
             for own in sorted(module.trained):
-                parameter = module._parameters.get(own)
+                parameter = module.trained_parameter(own)
                 if parameter is None:
                     raise UnsupportedModuleError(
                         f"parameter {own!r} of layer {module.layer_name!r} is no longer a parameter (pruned, "
                         "parametrized or removed after convert_model): change the model first, then convert it"
                     )
-                owners.setdefault(id(parameter), []).append((module, f"{own}_rows"))
+                if not parameter.requires_grad:
+                    raise UnsupportedModuleError(
+                        f"parameter {own!r} of layer {module.layer_name!r} was frozen after convert_model: "
+                        "restore_model and leave it out by biases=('*', '!name'), or let it require a gradient again"
+                    )
+                owners.setdefault(id(parameter), []).append((module, own))
     entries: list[Entry] = []
     start = 0
     for name, parameter in model.named_parameters():
@@ -145,6 +150,7 @@ class Ledger:
         self._holder: weakref.ref[Any] | None = None
         self._reached: set[int] | None = None  # numbers of the entries that a watched batch has reached
         self.opened = 0  # batches so far
+        self.shapes: list[tuple[int, ...]] = []  # of the tensors that the model was given last, where layers ask
         self.layers = [m for m in model.modules() if isinstance(m, BiasLayer)]
         for layer in self.layers:
             if layer.attachment is not None:
@@ -235,8 +241,8 @@ class Ledger:
             leaf = part.data.requires_grad_()
             leaf.grad = part
             slab.leaves.append(leaf)
-            for layer, attribute in entry.layers:
-                layer.__dict__[attribute] = leaf
+            for layer, own in entry.layers:
+                layer.set_leaf(own, leaf)
         self.opened += 1
 
     def _allocate(self, batch: int) -> _Slab:
@@ -284,8 +290,7 @@ class Ledger:
                 leaf.grad = None
             self._slab.leaves.clear()
         for layer in self.layers:
-            layer.__dict__.pop("bias_rows", None)
-            layer.__dict__.pop("weight_rows", None)
+            layer.drop_leaves()
 
     def absorb(self, scale: float) -> None:
         """Clip the rows of the open batch, add them to the integer total, and close the batch.

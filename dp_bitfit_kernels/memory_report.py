@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import _allocator, layers
-from ._survey import call, undisturbed
-from ._validate import ConversionError
+from ._nested import map_tensors, tensors_in
+from ._survey import arguments, call, undisturbed
+from ._validate import BatchLayoutError, ConversionError
 from .convert import convert_model, restore_model
-from .layout import batch_of, map_tensors, tensors_in
+from .layout import leading_sizes
 
 # Beside the model, an element that is trained has a release, an optimizer state of two and an integer sum; and one
 # float32 for each sample.
 _STATE_BYTES = 28
 _ROW_BYTES = 4
+_ENOUGH = 8  # samples, to measure what each one adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Footprint:
     held:  bytes that the allocator has handed out more after the forward than before it, the output included: what is
            kept beside autograd would show here.
     fixed, per_sample: bytes of the largest instant of forward and backward, as fixed + B * per_sample; model, gradients
-           and optimizer state included. None where the batch has one sample only, or the device has no such measure.
+           and optimizer state included. None where the batch has one sample only, the device has no such measure, or
+           what was measured makes no line.
     """
 
     kept: dict[str, int]
@@ -49,11 +52,13 @@ class Footprint:
 
     def largest_batch(self, memory: int) -> int:
         """Samples of one physical batch that fit into ``memory`` bytes, by the line through two measured sizes."""
+        if not isinstance(memory, int | float):
+            raise ConversionError(f"largest_batch: memory must be a number of bytes, not {memory!r}")
         if self.fixed is None or self.per_sample is None:
             raise ConversionError(
-                "memory_report: give a sample_batch of two samples or more, to see what each one adds"
+                "memory_report: what one sample adds could not be measured: give a sample_batch of two samples or more"
             )
-        return max(0, int((memory - self.fixed) // self.per_sample)) if self.per_sample > 0 else 0
+        return max(0, int((memory - self.fixed) // self.per_sample))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +133,18 @@ def memory_report(model: nn.Module, sample_batch: Any, *, memory: str = "exact")
         ConversionError: an engine is attached, the output wants no gradient, or the model cannot be converted.
         BatchLayoutError: the inputs do not share one leading size.
     """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"memory_report: model must be a torch.nn.Module, not {type(model).__name__}")
     converted = any(layers.is_converted(module) for module in model.modules())
     if any(getattr(module, "attachment", None) is not None for module in model.modules()):
         raise ConversionError("memory_report: a PrivacyEngine is attached; call its detach() first, or ask before")
-    batch = batch_of(*_arguments(sample_batch))
+    sizes = leading_sizes(*arguments(sample_batch))
+    if len(sizes) != 1:
+        raise BatchLayoutError(
+            "memory_report: sample_batch must be a tensor, or a tuple or mapping of the model's arguments, whose "
+            f"tensors share their leading size, the number of samples (found {sorted(sizes) or 'no tensor'})"
+        )
+    batch = sizes.pop()
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     sample_batch = map_tensors(sample_batch, torch.Tensor.detach)
     try:
@@ -143,17 +156,13 @@ def memory_report(model: nn.Module, sample_batch: Any, *, memory: str = "exact")
             with _unswapped(model):
                 before = _footprint(model, sample_batch, batch)
             after = _footprint(model, sample_batch, batch)
-            left = _left(model, after)
+            left = _left(model, before, after)
     finally:
         if not converted and any(layers.is_converted(module) for module in model.modules()):
             restore_model(model)
         for parameter, grad in grads:
             parameter.grad = grad
     return MemoryReport(batch, before, after, left)
-
-
-def _arguments(sample_batch: Any) -> tuple[Any, Any]:
-    return ((), sample_batch) if isinstance(sample_batch, dict) else (sample_batch, {})
 
 
 @contextlib.contextmanager
@@ -184,20 +193,24 @@ def _footprint(model: nn.Module, sample_batch: Any, batch: int) -> Footprint:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if next(model.parameters()).device.type not in ("cpu", "cuda"):
         return Footprint(kept, 0, None, None)
-    held, peak = _held(model, sample_batch), _peak(model, sample_batch)
+    held = _held(model, sample_batch)
     if batch < 2:
         return Footprint(kept, held, None, None)
-    half = batch // 2
-    part = map_tensors(sample_batch, functools.partial(_first, batch=batch, count=half))
-    smaller = _peak(model, part)
-    per_sample = (peak - smaller) / (batch - half)
+    # Of few samples the largest instant may be one that grows otherwise (a workspace): they are repeated.
+    large = max(batch, _ENOUGH)
+    peak, smaller = (_peak(model, _samples(sample_batch, batch, count)) for count in (large, large // 2))
+    per_sample = (peak - smaller) / (large - large // 2)
+    if per_sample * batch < sum(kept.values()):  # what autograd keeps is there at the end of the forward
+        return Footprint(kept, held, None, None)
     model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    fixed = peak - batch * per_sample + model_bytes + _STATE_BYTES * trained
+    fixed = peak - large * per_sample + model_bytes + _STATE_BYTES * trained
     return Footprint(kept, held, fixed, per_sample + _ROW_BYTES * trained)
 
 
-def _first(tensor: Tensor, batch: int, count: int) -> Tensor:
-    return tensor[:count] if tensor.dim() > 0 and tensor.shape[0] == batch else tensor
+def _samples(sample_batch: Any, batch: int, count: int) -> Any:
+    """The first ``count`` samples, over and over again if there are fewer."""
+    rows = [row % batch for row in range(count)]
+    return map_tensors(sample_batch, lambda t: t[rows] if t.dim() > 0 and t.shape[0] == batch else t)
 
 
 def _kept(model: nn.Module, sample_batch: Any) -> dict[str, int]:
@@ -276,18 +289,23 @@ def _added(step: Callable[[], Any]) -> tuple[int, int]:
     return found.after - found.resident, found.peak - found.resident
 
 
-def _left(model: nn.Module, after: Footprint) -> dict[str, str]:
-    """Why what still keeps something was not swapped."""
+def _left(model: nn.Module, before: Footprint, after: Footprint) -> dict[str, str]:
+    """Why what still keeps something was not swapped, or keeps as much as it did."""
     reasons: dict[str, str] = {}
     for module in model.modules():
         kind = _own_class(module)
         if kind not in after.kept or kind in reasons:
             continue
-        if layers.is_converted(module):
-            if type(module).__name__ in ("BiasConv1d", "BiasConv2d", "BiasConv3d"):
-                reasons[kind] = "this padding has no form that keeps less"
+        if isinstance(module, layers.ConvertedLayer):
+            trained = any(p.requires_grad for own, p in module.named_parameters(recurse=False) if own != "bias")
+            if trained:
+                reasons[kind] = "its weight is trained"
             elif getattr(module, "inplace", False) and isinstance(module, nn.SiLU):
                 reasons[kind] = "in place it overwrites what its gradient needs"
+            elif "padding" in vars(module) and getattr(module, "padding_mode", "zeros") != "zeros":
+                reasons[kind] = "this padding has no form that keeps less"
+            elif module.keeps_little and after.kept[kind] >= before.kept.get(kind, 0):
+                reasons[kind] = "with these settings it has no form that keeps less"
             continue
         if kind.startswith("functional"):
             reasons[kind] = "functions cannot be swapped, modules can"

@@ -20,6 +20,7 @@ class ConversionReport:
     sizes:        frozen name -> number of elements.
     layers:       kind -> number of converted modules (frozen BatchNorm included).
     never_called: biased modules that `sample_batch` did not reach.
+    one_by_one:   module -> class of those that are run one sample at a time, which is slow.
     total:        elements of all parameters, tied ones once.
     """
 
@@ -30,6 +31,7 @@ class ConversionReport:
     sizes: dict[str, int]
     layers: dict[str, int]
     never_called: tuple[str, ...]
+    one_by_one: dict[str, str]
     total: int
 
     @property
@@ -63,6 +65,9 @@ class ConversionReport:
                 lines += _listed(names)
         if self.never_called:
             lines += ["", "modules with a bias that sample_batch never called", *_listed(list(self.never_called))]
+        if self.one_by_one:
+            listed = _listed([f"{name or 'the model itself'} ({kind})" for name, kind in self.one_by_one.items()])
+            lines += ["", "run one sample at a time, which is slow: no rule covers the use of their biases", *listed]
         if self.tied:
             lines += ["", "tied", *_listed([f"{alias} is {name}" for alias, name in self.tied.items()])]
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.layers.items()))

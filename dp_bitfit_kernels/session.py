@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layout
+from ._nested import tensors_in
 from ._plan import check_noise_multiplier
 from ._validate import BatchLayoutError, EngineError, OptimizerError
 from .accounting import Accountant
@@ -203,6 +204,7 @@ class Session:
                 f"(found {sorted(layout.leading_sizes(args, kwargs))}); {_EVALUATION}"
             )
         self._forwards += 1
+        self.ledger.shapes = [tensor.shape for tensor in tensors_in((args, kwargs))]
         # A captured step runs what was asked before, and a capture may not wait for an answer.
         if self.modes() not in self._proven and not self._asked and self.ledger.holder is None:
             self._prove(args, kwargs, batch)
@@ -223,24 +225,33 @@ class Session:
         """A model may mix samples, or write a buffer, in training mode only: each combination is proven by itself."""
         return bytes([module.training for module in modules_of(self.model)])
 
-    def _prove(self, args: Any, kwargs: Any, batch: int) -> None:
+    def _prove(self, args: Any, kwargs: Any, batch: int, late: bool = False) -> None:
+        """Prove the layout, and tell the layers; ``late``: after a forward that relied on what they knew before."""
         self._asked = True
         if batch not in layout.leading_sizes(args, kwargs):
             self._warn_unproven("no tensor input of the model has the batch as its leading dimension")
             return
         modes = self.modes()
         try:
-            asked_all = layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
+            proof = layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
         except BatchLayoutError:
             self.abandon()
             raise
-        if asked_all:  # else the next batch is asked again
+        unlike = proof.unlike_before() if late else []
+        proof.apply()
+        if unlike:
+            self.abandon()
+            raise BatchLayoutError(
+                f"the compiled model took the rows of layer {unlike[0]!r} for samples, which they are not. Now its "
+                "layout is known: compile the model again (torch.compiler.reset()), or run one eager forward before"
+            )
+        if proof.complete:  # else the next batch is asked again
             self._proven.add(modes)
 
     def _prove_unseen(self, batch: int) -> None:
         """Ask at the step what the forward could not: the model was compiled, or only modules inside it were called."""
         if self._traced is not None:
-            self._prove(*self._traced, batch)
+            self._prove(*self._traced, batch, late=True)
         elif self._was_declared:
             self._warn_unproven("only modules inside the private model were called")
         else:

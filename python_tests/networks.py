@@ -62,7 +62,10 @@ def accounted(model: nn.Module) -> None:
     for name, parameter in named.items():
         assert parameter.requires_grad == (report.tied.get(name, name) in report.trained), name
     by_layers = {
-        id(getattr(module, own)) for module in model.modules() if layers.is_converted(module) for own in module.trained
+        id(module.trained_parameter(own))
+        for module in model.modules()
+        if isinstance(module, layers.BiasLayer)
+        for own in module.trained
     }
     assert by_layers == {id(named[name]) for name in report.trained}
     assert report.total == sum(p.numel() for p in model.parameters())

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from attach import SequenceFirst, flat, names_of, private, small_model
+from attach import flat, names_of, private, small_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -128,30 +128,28 @@ class Table(nn.Module):
         return x[:, :3] + self.positions(self.grid).mean(0)
 
 
-class Folded(nn.Module):
+class Shuffled(nn.Module):
+    """Tokens of all samples sorted by what they hold: no shape tells."""
+
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(6, 3)
 
     def forward(self, x):  # [B, T, 6]
-        return self.inner(x.reshape(-1, 6)).view(x.shape[0], -1, 3).mean(1)
+        flat = x.reshape(-1, 6)
+        order = flat[:, 0].argsort()
+        out = torch.empty(len(flat), 3)
+        out[order] = self.inner(flat[order])
+        return out.view(x.shape[0], -1, 3).mean(1)
 
 
 @pytest.mark.parametrize(
     "model, dims, name",
-    [
-        (SequenceFirst(), (4, 6), "inner"),
-        (Table(), (6,), "positions"),
-        (Folded(), (1, 6), "inner"),
-        (Folded(), (3, 6), "inner"),
-    ],
+    [(Table(), (6,), "positions"), (Shuffled(), (1, 6), "inner"), (Shuffled(), (3, 6), "inner")],
 )
 def test_wrong_layout_refused_by_name(model, dims, name):
     _, model, optimizer, loader = private(model, n=4, batch=4, dims=dims, sample_rate=1.0)
     x, y = next(iter(loader))
-    if isinstance(model, Folded) and dims == (1, 6):
-        model(x)  # folding a length of 1 changes nothing
-        return
     with pytest.raises(dpk.BatchLayoutError, match=name):
         F.cross_entropy(model(x), y).backward()
 

@@ -192,6 +192,10 @@ def test_activations_in_all_spellings(spelling: str, kind: str, dtype: torch.dty
     got_y = module(x)
     (got,) = torch.autograd.grad(got_y.sin().sum(), x)
     spelled = plain > x.numel() * x.element_size()
+    if (spelling, dtype) == ("gelu_fast", torch.float64):  # its constant has ten digits: another function in float64
+        assert torch.equal(got_y, y)
+        assert torch.equal(got, want)
+        return
     # transformers' own constants have ten digits
     ulp = max(torch.finfo(dtype).eps, 1e-10) * torch.maximum(x.detach().abs(), y.detach().abs())
     if spelled:

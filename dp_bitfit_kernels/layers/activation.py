@@ -22,6 +22,8 @@ _ALWAYS = ("exact", "compact")
 class ClampLayer(ConvertedLayer):
     """ReLU, ReLU6, Hardtanh, LeakyReLU."""
 
+    keeps_little = True
+
     def limits(self) -> tuple[float, float, float]:
         """low, high (NaN: none) and the slope below low."""
         m: Any = self
@@ -38,10 +40,11 @@ class ClampLayer(ConvertedLayer):
 
 class DropoutLayer(ConvertedLayer):
     p: float
+    keeps_little = True
 
     def forward(self, input: Tensor) -> Any:
         served = self.lean and self.training and 0.0 < self.p < 1.0 and input.requires_grad and input.numel() > 0
-        if not served:
+        if not served or not input.is_floating_point():
             return super().forward(input)
         inplace: bool = self.inplace  # type: ignore[assignment]
         return apply(DropoutFunction, input, self.p, inplace, self.layer_name, self.backend)
@@ -50,12 +53,16 @@ class DropoutLayer(ConvertedLayer):
 class ActivationLayer(ConvertedLayer):
     """An activation with a formula of its own; where the module's settings make it another, its own forward runs."""
 
+    rounds_constants = False  # to float32: in float64 it is another function
+
     def formula(self) -> tuple[int, bool] | None:
         """Number of the activation, and whether the module spells it out in several operations."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Any:
-        formula = self.formula() if self.lean and input.requires_grad else None
+        formula = self.formula() if self.lean and input.requires_grad and input.is_floating_point() else None
+        if formula is not None and formula[1] and input.dtype == torch.float64 and self.rounds_constants:
+            formula = None
         if formula is None:
             return super().forward(input)
         kind = formula[0]
@@ -69,7 +76,7 @@ class TanhLayer(ConvertedLayer):
     """Autograd keeps its output, which is all that an exact gradient needs; compact keeps less."""
 
     def forward(self, input: Tensor) -> Any:
-        if not self.lean or not input.requires_grad or input.dtype == torch.float64:
+        if not self.lean or not input.requires_grad or not input.is_floating_point() or input.dtype == torch.float64:
             return super().forward(input)
         return apply(LevelFunction, input, "tanh", torch.tanh, self.layer_name, self.backend)
 
@@ -107,6 +114,10 @@ class SpelledGELULayer(ActivationLayer):
         return KINDS.index("gelu_tanh"), True
 
 
+class FastGELULayer(SpelledGELULayer):
+    rounds_constants = True
+
+
 class QuickGELULayer(ActivationLayer):
     def formula(self) -> tuple[int, bool]:
         return KINDS.index("quick_gelu"), True
@@ -128,7 +139,7 @@ _OF_TRANSFORMERS: dict[str, type[ActivationLayer]] = {
     "GELUTanh": ActGELUTanhLayer,
     "PytorchGELUTanh": SpelledGELULayer,
     "NewGELUActivation": SpelledGELULayer,
-    "FastGELUActivation": SpelledGELULayer,
+    "FastGELUActivation": FastGELULayer,
     "AccurateGELUActivation": SpelledGELULayer,
     "QuickGELUActivation": QuickGELULayer,
     "SiLUActivation": SiLULayer,

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .._validate import BatchLayoutError, ConversionError, EngineError
+from ..arrangement import PLAIN, Arrangement
 from ..functional import BiasGradFunction, apply
 
 # Everything that a conversion or an engine sets on an instance; removed by restore_layer. Copies and pickles take the
 # first four along.
 STATE = (
     *("trained", "backend", "layer_name", "memory"),
-    *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before"),
+    *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before", "arrangement", "leaves", "calls"),
 )
 _KEPT = STATE[:4]
 NAMES = frozenset(STATE)
@@ -41,6 +42,8 @@ class ConvertedLayer(nn.Module):
     layer_name: str = ""
     memory: str = "off"
     converted_from: type[nn.Module]
+    mixin: type[ConvertedLayer]
+    keeps_little = False  # whether the lean form keeps next to nothing, rather than one tensor
 
     @property
     def lean(self) -> bool:
@@ -54,8 +57,13 @@ class ConvertedLayer(nn.Module):
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
+            and not self.has_old_hooks()
             and self.gives_all_gradients()
         )
+
+    def has_old_hooks(self) -> bool:
+        """Hooks of register_backward_hook act on the node of the last operation, behind what hands sums over."""
+        return bool(self._backward_hooks) and self._is_full_backward_hook is False
 
     def gives_all_gradients(self) -> bool:
         """Whether no parameter wants a gradient that the lean function of this class does not give."""
@@ -64,7 +72,9 @@ class ConvertedLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles are unattached: per-sample gradients never travel with a model.
         state = {k: v for k, v in self.__dict__.items() if k not in STATE or k in _KEPT}
-        return _rebuild, (self.converted_from,), state
+        kind = kind_of_class(self.converted_from)
+        own = () if kind is not None and kind.mixin is self.mixin else (self.mixin,)
+        return _rebuild, (self.converted_from, *own), state
 
 
 class BiasLayer(ConvertedLayer):
@@ -73,6 +83,7 @@ class BiasLayer(ConvertedLayer):
     Attributes:
         attachment: the ledger of the engine that is attached, or None.
         bias_rows, weight_rows: leaves [B, p] and [B, p * d] of the open batch, or None.
+        arrangement: where its output holds the samples.
     """
 
     attachment: Any = None
@@ -80,8 +91,25 @@ class BiasLayer(ConvertedLayer):
     trained_before: bool = False  # by an engine that is detached
     bias_rows: Tensor | None = None
     weight_rows: Tensor | None = None
+    arrangement: Arrangement = PLAIN
 
     channels_first = False
+
+    def trained_parameter(self, name: str) -> nn.Parameter | None:
+        """The parameter of this name, one of ``trained``; None where it is no longer one."""
+        return self._parameters.get(name)
+
+    def set_leaf(self, name: str, leaf: Tensor) -> None:
+        """Take the leaf of the open batch for the parameter of this name."""
+        self.__dict__[f"{name}_rows"] = leaf
+
+    def drop_leaves(self) -> None:
+        """Forget the leaves: no batch is open."""
+        self.__dict__.pop("bias_rows", None)
+        self.__dict__.pop("weight_rows", None)
+
+    def has_leaves(self) -> bool:
+        return self.bias_rows is not None or self.weight_rows is not None
 
     def plain_bias(self) -> Tensor | None:
         """The bias as the operation sees it: cut from autograd where the tap delivers its gradient."""
@@ -118,7 +146,7 @@ class BiasLayer(ConvertedLayer):
                 )
         if not torch.is_grad_enabled():
             return False
-        if self.bias_rows is None and self.weight_rows is None:
+        if not self.has_leaves():
             raise EngineError(
                 f"layer {self.layer_name!r} of a private model ran a training forward outside a batch: call the "
                 "model itself on a batch of the private loader, or use `with engine.batch(B):`; "
@@ -134,13 +162,15 @@ class BiasLayer(ConvertedLayer):
         return True
 
     def check_rows(self, output: Tensor) -> None:
-        """Refuse an output whose leading dimension is not the batch."""
+        """Refuse an output that does not hold the batch as was proven."""
         rows = self.bias_rows if self.bias_rows is not None else self.weight_rows
-        if rows is not None and (output.dim() < 2 or output.shape[0] != rows.shape[0]):
+        if rows is None or (output.dim() > 1 and output.shape[0] == rows.shape[0] and self.arrangement is PLAIN):
+            return
+        if self.arrangement is PLAIN or not self.arrangement.holds(output.shape, rows.shape[0], self.attachment.shapes):
             raise BatchLayoutError(
                 f"layer {self.layer_name!r}: output of shape {tuple(output.shape)} does not have the batch "
-                f"({rows.shape[0]} samples) as its leading dimension; sequence-first, folded and flattened "
-                "layouts are not supported"
+                f"({rows.shape[0]} samples) where it was proven to be. A sequence-first, folded or flattened layout is "
+                "proven by a forward in eager mode, on a batch whose samples lead the model's inputs"
             )
 
     def tap(self, output: Tensor) -> Tensor:
@@ -150,7 +180,20 @@ class BiasLayer(ConvertedLayer):
         self.check_rows(output)
         rows = self.bias_rows
         bias = self.own_bias() if rows is None else None
-        return apply(BiasGradFunction, output, bias, rows, self.channels_first, self.backend)
+        kind = None if rows is None else self.kind
+        return apply(BiasGradFunction, output, bias, rows, self.channels_first, self.backend, kind)
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of its arrangement; None where each sample is one row."""
+        return None if self.arrangement is PLAIN else self.arrangement.kind
+
+    def through(self, function: Any, input: Tensor, *arguments: Any) -> Tensor:
+        """``function`` of the input, which gives the bias its gradient itself where each sample is one row."""
+        plain = self.arrangement is PLAIN
+        target = (self.target(input) if plain else None) or (None, None)
+        output = apply(function, input, *target, *arguments)
+        return output if plain else self.tap(output)
 
     def target(self, input: Tensor) -> Target | None:
         """What a function that computes the output itself is to deliver the bias's gradient to; None: nothing."""
@@ -168,11 +211,13 @@ class Target(NamedTuple):
     rows: Tensor | None
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
-    kind = kind_of_class(original)
-    if kind is None:
-        raise ConversionError(f"no layer kind is registered for {original.__name__}")
-    cls = converted_class(original, kind)
+def _rebuild(original: type[nn.Module], mixin: type[ConvertedLayer] | None = None) -> nn.Module:
+    if mixin is None:
+        kind = kind_of_class(original)
+        if kind is None:
+            raise ConversionError(f"no layer kind is registered for {original.__name__}")
+        mixin = kind.mixin
+    cls = converted_class(original, mixin)
     return cls.__new__(cls)
 
 
@@ -205,7 +250,7 @@ class LayerKind:
 
 _KINDS: list[LayerKind] = []
 _LAZY: list[Callable[[type], LayerKind | None]] = []
-_CLASSES: dict[type, type[ConvertedLayer]] = {}
+_CLASSES: dict[tuple[type, type], type[ConvertedLayer]] = {}
 
 
 def register(kind: LayerKind) -> LayerKind:
@@ -245,19 +290,19 @@ def is_converted(module: nn.Module) -> bool:
     return isinstance(module, ConvertedLayer)
 
 
-def converted_class(cls: type[nn.Module], kind: LayerKind) -> type[ConvertedLayer]:
+def converted_class(cls: type[nn.Module], mixin: type[ConvertedLayer]) -> type[ConvertedLayer]:
     """The subclass ``(mixin, cls)``, made once for each class."""
-    found = _CLASSES.get(cls)
+    found = _CLASSES.get((cls, mixin))
     if found is None:
-        prefix = "Bias" if issubclass(kind.mixin, BiasLayer) else "Lean"
-        found = type(f"{prefix}{cls.__name__}", (kind.mixin, cls), {"converted_from": cls, "__module__": __name__})
-        _CLASSES[cls] = found
+        prefix = "Bias" if issubclass(mixin, BiasLayer) else "Lean"
+        own = {"converted_from": cls, "mixin": mixin, "__module__": __name__}
+        found = _CLASSES[cls, mixin] = type(f"{prefix}{cls.__name__}", (mixin, cls), own)
     return found
 
 
 def convert_layer(module: nn.Module, kind: LayerKind) -> None:
     """Swap the class of ``module`` in place."""
-    module.__class__ = converted_class(type(module), kind)
+    module.__class__ = converted_class(type(module), kind.mixin)
 
 
 def restore_layer(module: nn.Module) -> None:

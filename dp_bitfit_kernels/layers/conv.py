@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import apply
 from ..functional_window import ConvFunction, Window
 from .base import BiasLayer, LayerKind, register
 
@@ -16,6 +15,7 @@ class ConvLayer(BiasLayer):
     """y [B, p, ...] = conv(x [B, d, ...], W) + b."""
 
     channels_first = True
+    keeps_little = True
     weight: Tensor
 
     def forward(self, input: Tensor) -> Any:
@@ -25,10 +25,7 @@ class ConvLayer(BiasLayer):
         if window is None:
             output: Tensor = self._conv_forward(input, self.weight, self.plain_bias())  # type: ignore[operator]
             return self.tap(output)
-        target = self.target(input) or (None, None)
-        return apply(
-            ConvFunction, input, *target, self.weight, self.plain_bias(), window, self.layer_name, self.backend
-        )
+        return self.through(ConvFunction, input, self.weight, self.plain_bias(), window, self.layer_name, self.backend)
 
     def traced(self) -> bool:
         """Under torch.compile a convolution's backward has the input as an argument, which nothing can leave out."""

@@ -26,7 +26,7 @@ class LinearLayer(BiasLayer):
         output = F.linear(input, weight, self.plain_bias())
         if private and self.recording():
             self.check_rows(output)
-            output = apply(WeightGradFunction, output, input.detach(), self.weight_rows)
+            output = apply(WeightGradFunction, output, input.detach(), self.weight_rows, self.kind)
         return self.tap(output)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import apply
 from ..functional_norm import BatchNormFunction, GroupNormFunction, LayerNormFunction
 from .base import BiasLayer, LayerKind, register
 
@@ -36,10 +35,9 @@ class LayerNormLayer(_NormLayer):
             return super().forward(input)
         if not self.lean or input.dim() <= len(shape) or math.prod(shape) == 0:
             return self.tap(F.layer_norm(input, shape, self.weight, self.plain_bias(), self.eps))
-        target = self.target(input) or (None, None)
         compact = self.memory == "compact"
         arguments = (shape, self.weight, self.plain_bias(), self.eps, compact, self.layer_name, self.backend)
-        return apply(LayerNormFunction, input, *target, *arguments)
+        return self.through(LayerNormFunction, input, *arguments)
 
 
 class GroupNormLayer(_NormLayer):
@@ -49,16 +47,16 @@ class GroupNormLayer(_NormLayer):
     def forward(self, input: Tensor) -> Tensor:
         if not self.lean or input.dim() < 2 or input.numel() == 0:
             return self.tap(F.group_norm(input, self.num_groups, self.weight, self.plain_bias(), self.eps))
-        target = self.target(input) or (None, None)
         compact = self.memory == "compact"
         arguments = (self.num_groups, self.weight, self.plain_bias(), self.eps, compact, self.layer_name, self.backend)
-        return apply(GroupNormFunction, input, *target, *arguments)
+        return self.through(GroupNormFunction, input, *arguments)
 
 
 class BatchNormLayer(_NormLayer):
     """BatchNorm in its evaluation form, in training too: statistics of a private batch are never computed."""
 
     channels_first = True
+    keeps_little = True
     running_mean: Tensor
     running_var: Tensor
 
@@ -67,8 +65,7 @@ class BatchNormLayer(_NormLayer):
         statistics = (self.running_mean, self.running_var, self.weight, self.plain_bias())
         if not self.lean or input.dim() < 2:
             return self.tap(F.batch_norm(input, *statistics, False, 0.0, self.eps))
-        target = self.target(input) or (None, None)
-        return apply(BatchNormFunction, input, *target, *statistics, self.eps, self.layer_name, self.backend)
+        return self.through(BatchNormFunction, input, *statistics, self.eps, self.layer_name, self.backend)
 
 
 def _needs_statistics(module: nn.Module) -> str | None:

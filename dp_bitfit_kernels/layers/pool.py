@@ -18,6 +18,7 @@ _aten = torch.ops.aten
 
 class _PoolLayer(ConvertedLayer):
     dims = 2
+    keeps_little = True
 
     def serves(self, input: Tensor) -> bool:
         return self.lean and input.requires_grad and input.dim() == self.dims + 2 and input.numel() > 0
@@ -32,7 +33,8 @@ class MaxPoolLayer(_PoolLayer):
     def forward(self, input: Tensor) -> Any:
         m: Any = self
         kernel = self.sizes("kernel_size", 1)
-        if not self.serves(input) or m.return_indices or math.prod(kernel) > 256:
+        cast = self.dims == 3 and torch.is_autocast_enabled(input.device.type)  # autocast may run it in float32
+        if cast or not self.serves(input) or m.return_indices or math.prod(kernel) > 256:
             return super().forward(input)
         pool = Pool(
             kernel, self.sizes("stride", 1), self.sizes("padding", 0), self.sizes("dilation", 1), bool(m.ceil_mode)

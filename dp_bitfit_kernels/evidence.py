@@ -1,0 +1,250 @@
+"""What runs on one more sample show of a layer: where its output holds the samples.
+
+Two runs differ in what the added row holds. A tensor holds the samples in a certain way if, cut up in that way, the
+parts of the samples are the same in both runs. Where a sample has other than one row, the added row's own part must
+differ, too, so that a table whose size happens to fit is not taken for a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._nested import strangers, tensors_in
+from ._validate import BatchLayoutError
+from .arrangement import MAJOR, PLAIN, Arrangement, by_sample, candidates
+from .layers import BiasLayer
+from .layers.one_by_one import Call, OneByOneLayer
+
+TOLERANCE = 1e-6  # of the largest part
+_INSTEAD = (
+    "Leave its bias frozen, or convert the model with sample_batch=, which runs the module around it one sample at a "
+    "time"
+)
+
+
+def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Equal shapes, and values equal up to ``tolerance`` of the largest, where both are finite."""
+    if a.shape != b.shape:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return bool(torch.equal(a, b))
+    both = a.isfinite() & b.isfinite()
+    if not bool(both.any()):
+        return True
+    return bool(((a - b).abs()[both] <= tolerance * a.abs()[both].max()).all())
+
+
+def _digest(parts: Tensor) -> Tensor:
+    """[n, ...] -> [n] float64."""
+    wide = parts.abs() if parts.is_complex() else parts.to(torch.float64).abs()
+    return wide.flatten(1).sum(1, dtype=torch.float64)
+
+
+def _shows(first: Tensor, last: Tensor, kept: slice) -> bool:
+    """Whether the added part, the one outside ``kept``, differs."""
+    outside = torch.ones(len(first), dtype=torch.bool, device=first.device)
+    outside[kept] = False
+    return not same(first[outside], last[outside], 0.0)
+
+
+@dataclasses.dataclass
+class Seen:
+    """One call of a converted layer in a run: its output, cut into samples in each way that its shape allows."""
+
+    layer: BiasLayer
+    shape: tuple[int, ...]
+    digests: dict[tuple[str, int], Tensor]  # (kind, rows of a sample) -> [n] float64
+
+    @staticmethod
+    def of(layer: BiasLayer, output: Tensor, samples: int) -> Seen:
+        ways = candidates(output.shape, samples, layer.channels_first)
+        digests = {(kind, k): _digest(by_sample(output, kind, samples)) for kind, k in ways}
+        return Seen(layer, tuple(output.shape), digests)
+
+
+Pair = tuple[Sequence[Any], Sequence[Any], slice]  # two runs' calls, and the rows that hold the samples in both
+
+
+def arrangements(pairs: list[Pair], batch: int, shapes: list[tuple[int, ...]]) -> dict[BiasLayer, Arrangement]:
+    """The arrangement of every layer called.
+
+    Args:
+        pairs: of ``Seen``; the runs of a pair differ in the added row.
+        shapes: of the tensors that the model was given.
+
+    Raises:
+        BatchLayoutError: naming the layers that hold the samples in no way that is known.
+    """
+    found: dict[BiasLayer, Arrangement] = {}
+    shapeless: dict[str, BiasLayer] = {}  # what is wrong, and where
+    mixing: dict[str, BiasLayer] = {}
+    for own in _side_by_side(pairs):
+        seen: Seen = own[0][0]
+        name = f"{seen.layer.layer_name!r} gives shape {seen.shape} for {batch + 1} samples"
+        ways = [way for way in seen.digests if all(way in run.digests for pair in own for run in pair)]
+        if not ways:
+            shapeless[name] = seen.layer
+            continue
+        held = [way for way in ways if _held(way, own, pairs)]
+        if not held:
+            (mixing if (MAJOR, 1) in ways else shapeless)[name] = seen.layer
+            continue
+        before = found.get(seen.layer)
+        joined = _joined(before, held[0], shapes)
+        if joined is None:
+            shapeless[f"{name}, and holds them in another way than in an earlier call"] = seen.layer
+        else:
+            found[seen.layer] = joined
+    if shapeless:
+        raise BatchLayoutError(
+            "the rows of a sample are not known in layer "
+            + "; layer ".join(shapeless)
+            + f". Tables without a batch dimension and tokens packed by what they hold have none. {_INSTEAD}",
+            list(dict.fromkeys([*shapeless.values(), *mixing.values()])),
+        )
+    if mixing:
+        raise BatchLayoutError(
+            f"layer {next(iter(mixing))}: the row of a sample changes with another of the batch: the model mixes "
+            "samples or reorders them before this layer, so that its rows are not the samples",
+            list(dict.fromkeys(mixing.values())),
+        )
+    return found
+
+
+def _side_by_side(pairs: list[Pair]) -> list[tuple[tuple[Any, Any], ...]]:
+    """Call by call, what each run of each pair showed.
+
+    Raises:
+        BatchLayoutError: the runs did not call the same layers in the same order.
+    """
+    runs = [run for first, last, _ in pairs for run in (first, last)]
+    for calls in itertools.zip_longest(*runs):
+        layers = {None if call is None else call.layer for call in calls}
+        if len(layers) > 1:
+            layer = next(layer for layer in layers if layer is not None)
+            raise BatchLayoutError(
+                f"layer {layer.layer_name!r} is called or not by what the samples hold (tokens routed to experts?): "
+                f"its rows are not known. {_INSTEAD}",
+                [layer],
+            )
+    paired = [list(zip(first, last, strict=True)) for first, last, _ in pairs]
+    return list(zip(*paired, strict=True))
+
+
+def _held(way: tuple[str, int], own: Sequence[tuple[Seen, Seen]], pairs: list[Pair]) -> bool:
+    digests = [(a.digests[way], b.digests[way], kept) for (a, b), (_, _, kept) in zip(own, pairs, strict=True)]
+    if not all(same(a[kept], b[kept], TOLERANCE) for a, b, kept in digests):
+        return False
+    return way == (MAJOR, 1) or any(_shows(a, b, kept) for a, b, kept in digests)
+
+
+def _joined(before: Arrangement | None, way: tuple[str, int], shapes: list[tuple[int, ...]]) -> Arrangement | None:
+    kind, k = way
+    if before is None and way == (MAJOR, 1):
+        return PLAIN
+    if before is not None and before.kind != kind:
+        return None
+    places = {(i, d) for i, shape in enumerate(shapes) for d, size in enumerate(shape) if d and size == k > 1}
+    folds = frozenset({k}) | (before.folds if before is not None else frozenset())
+    follows = frozenset(places) | (before.follows if before is not None else frozenset())
+    return before if before is PLAIN and k == 1 else Arrangement(kind, folds, follows)
+
+
+@dataclasses.dataclass
+class Called:
+    """One call of a layer that is run one sample at a time: its tensors, cut into samples along each dimension."""
+
+    layer: OneByOneLayer
+    inputs: list[_Cut]
+    outputs: list[_Cut]
+    strange: list[str]  # what it was given, or gave, that cannot be cut
+
+    @staticmethod
+    def of(layer: OneByOneLayer, given: Any, output: Any, samples: int) -> Called:
+        inputs, outputs = ([_Cut.of(t, samples) for t in tensors_in(value)] for value in (given, output))
+        return Called(layer, inputs, outputs, [*strangers(given), *strangers(output)])
+
+
+@dataclasses.dataclass
+class _Cut:
+    shape: tuple[int, ...]
+    digests: dict[int, Tensor]  # dimension -> [n] float64
+    whole: Tensor  # [1] float64
+
+    @staticmethod
+    def of(tensor: Tensor, samples: int) -> _Cut:
+        whole = tensor.detach()
+        axes = [axis for axis, size in enumerate(whole.shape) if size and size % samples == 0]
+        cuts = {axis: _digest(by_sample(whole.movedim(axis, 0), MAJOR, samples)) for axis in axes}
+        return _Cut(tuple(whole.shape), cuts, _digest(whole.reshape(1, -1)))
+
+
+def calls(pairs: list[Pair], fewer: Sequence[Called], batch: int) -> dict[OneByOneLayer, tuple[Call, ...]]:
+    """The ways in which every layer that is run one sample at a time is called.
+
+    Args:
+        pairs: of ``Called`` on B + 1 samples.
+        fewer: the same calls on B samples.
+
+    Raises:
+        BatchLayoutError: naming a layer whose tensors hold the samples in no way that is known.
+    """
+    found: dict[OneByOneLayer, dict[int, Call]] = {}
+    slices = [kept for _, _, kept in pairs]
+    for small, own in zip(fewer, _side_by_side(pairs), strict=False):
+        layer = small.layer
+        if small.strange:
+            raise BatchLayoutError(
+                f"layer {layer.layer_name!r} is run one sample at a time, but takes or gives a {small.strange[0]}, "
+                "which cannot be cut into samples (a cache? call the model with use_cache=False)",
+                [layer],
+            )
+        runs = [small, *(call for pair in own for call in pair)]
+        inputs = tuple(_axis(layer, cuts, slices, batch) for cuts in zip(*(run.inputs for run in runs), strict=True))
+        outputs = []
+        for cuts in zip(*(run.outputs for run in runs), strict=True):
+            axis = _axis(layer, cuts, slices, batch)
+            if axis is None:  # who takes it may count on one for all samples
+                raise _not_held(layer, cuts[0].shape, batch)
+            outputs.append(axis)
+        known = found.setdefault(layer, {})
+        call = Call(inputs, tuple(outputs))
+        if known.setdefault(len(inputs), call) != call:
+            raise BatchLayoutError(
+                f"layer {layer.layer_name!r} is run one sample at a time, and is called with samples in different "
+                "dimensions of its tensors",
+                [layer],
+            )
+    return {layer: tuple(known.values()) for layer, known in found.items()}
+
+
+def _axis(layer: OneByOneLayer, cuts: Sequence[_Cut], slices: list[slice], batch: int) -> int | None:
+    """The dimension that holds the samples, sample-major; None for a tensor that all samples share."""
+    small, *large = cuts
+    pairs = list(zip(large[::2], large[1::2], slices, strict=True))
+    if all(cut.shape == small.shape for cut in large):
+        if all(same(a.whole, b.whole, TOLERANCE) for a, b, _ in pairs):
+            return None
+    elif all(len(cut.shape) == len(small.shape) for cut in large):
+        moved = [d for d, size in enumerate(small.shape) if any(cut.shape[d] != size for cut in large)]
+        if len(moved) == 1 and small.shape[moved[0]] % batch == 0:
+            axis = moved[0]
+            grown = small.shape[axis] // batch * (batch + 1)
+            follows = all(cut.shape[axis] == grown and axis in cut.digests for cut in large)
+            if follows and all(same(a.digests[axis][kept], b.digests[axis][kept], TOLERANCE) for a, b, kept in pairs):
+                return axis
+    raise _not_held(layer, small.shape, batch)
+
+
+def _not_held(layer: OneByOneLayer, shape: tuple[int, ...], batch: int) -> BatchLayoutError:
+    return BatchLayoutError(
+        f"layer {layer.layer_name!r} is run one sample at a time, but a tensor of shape {shape} that it takes or gives "
+        f"(for {batch} samples) holds them in no way that is known, or mixes them. {_INSTEAD}",
+        [layer],
+    )
