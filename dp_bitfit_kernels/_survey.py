@@ -116,16 +116,16 @@ def own_names(module: nn.Module) -> set[str]:
 class Usage:
     """What one forward of a sample batch uses: ids of the modules that it calls, of the parameters it depends on.
 
-    reached: empty where the output wants no gradient, so that nothing can be seen.
+    A graph hides what lies in a reentrant checkpoint, and a module called may not use all its parameters: either is
+    enough to take a parameter for used.
     """
 
     called: set[int]
     reached: set[int]
 
     def uses(self, tensor: Slot) -> bool:
-        if self.reached:
-            return id(tensor.parameter) in self.reached
-        return any(id(site.module) in self.called for site, _ in tensor.owners)
+        called = any(id(site.module) in self.called for site, _ in tensor.owners)
+        return called or id(tensor.parameter) in self.reached
 
 
 def usage(model: nn.Module, sample_batch: Any, sites: list[Site], tensors: list[Slot]) -> Usage:

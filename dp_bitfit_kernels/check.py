@@ -181,12 +181,11 @@ class _Trial:
     def one(self, batch: Any) -> tuple[Tensor, Tensor]:
         """(loss, gradient [P] float64) of one sample, by the ordinary gradient of the whole model."""
         value = self.loss(self.model, batch)
-        wanted = [entry.parameter for entry in self.entries]
-        grads = torch.autograd.grad(value, wanted, allow_unused=True)
-        flat = [
-            torch.zeros_like(p, dtype=torch.float64).flatten() if g is None else g.double().flatten()
-            for g, p in zip(grads, wanted, strict=True)
-        ]
+        value.backward()  # not autograd.grad, which reentrant checkpoints refuse
+        flat = []
+        for p in (entry.parameter for entry in self.entries):
+            flat.append((torch.zeros_like(p) if p.grad is None else p.grad).double().flatten())
+            p.grad = None
         return value.detach(), torch.cat(flat)
 
     def require_sum(self, whole: Tensor, singles: list[Tensor]) -> None:

@@ -372,7 +372,7 @@ def _rebuilt_report(model: nn.Module) -> ConversionReport:
         layers=dict(collections.Counter(type(module).__name__ for module in converted)),
         never_called=(),
         one_by_one={
-            name: type(module).__name__
+            name: module.converted_from.__name__
             for name, module in model.named_modules()
             if isinstance(module, OneByOneLayer) and module.trained
         },

@@ -291,16 +291,18 @@ def _added(step: Callable[[], Any]) -> tuple[int, int]:
 
 def _left(model: nn.Module, before: Footprint, after: Footprint) -> dict[str, str]:
     """Why what still keeps something was not swapped, or keeps as much as it did."""
-    reasons: dict[str, str] = {}
+    reasons = {
+        _own_class(m): "its weight is trained"
+        for m in model.modules()
+        if isinstance(m, layers.ConvertedLayer)
+        and any(p.requires_grad for own, p in m.named_parameters(recurse=False) if own != "bias")
+    }
     for module in model.modules():
         kind = _own_class(module)
         if kind not in after.kept or kind in reasons:
             continue
         if isinstance(module, layers.ConvertedLayer):
-            trained = any(p.requires_grad for own, p in module.named_parameters(recurse=False) if own != "bias")
-            if trained:
-                reasons[kind] = "its weight is trained"
-            elif getattr(module, "inplace", False) and isinstance(module, nn.SiLU):
+            if getattr(module, "inplace", False) and isinstance(module, nn.SiLU):
                 reasons[kind] = "in place it overwrites what its gradient needs"
             elif "padding" in vars(module) and getattr(module, "padding_mode", "zeros") != "zeros":
                 reasons[kind] = "this padding has no form that keeps less"

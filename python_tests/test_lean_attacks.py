@@ -39,8 +39,10 @@ def test_attributes_of_the_same_name_are_left_alone(own: str) -> None:
     assert type(model[1]) is nn.ReLU
     dpk.restore_model(model)
     model[0].register_buffer(own, torch.zeros(2))
+    dpk.convert_model(model)  # the module around it gives its bias
+    assert dpk.conversion_report(model).one_by_one == {"": "Sequential"}
     with pytest.raises(dpk.UnsupportedModuleError, match=f"attributes of its own.*{own}"):
-        dpk.convert_model(model)
+        dpk.convert_model(model[0])
 
 
 @pytest.mark.parametrize("build", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.Tanh])
@@ -142,3 +144,34 @@ def test_what_is_remembered_is_not_of_the_first_mode() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     compact(torch.randn(2, 4)).sum().backward()
+
+
+def test_autocast_casts_what_it_casts_without_us() -> None:
+    x = torch.randn(1, 1, 4, 4, 4)
+    plain = nn.Sequential(nn.Conv3d(1, 2, 1), nn.MaxPool3d(2))
+    model = dpk.convert_model(copy.deepcopy(plain))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == plain(x).dtype
+        assert torch.equal(model(x), plain(x))
+
+
+def test_complex_inputs_run_as_they_did() -> None:
+    z = torch.tensor([0.3 + 0.4j], requires_grad=True)
+    for module in (nn.SiLU(), nn.Tanh(), nn.Dropout(0.5)):
+        model = dpk.convert_model(nn.ModuleList([nn.Linear(1, 1), module]), memory="compact")
+        try:
+            torch.manual_seed(1)
+            want = type(module)().train()(z)
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                model[1](z)
+            continue
+        torch.manual_seed(1)
+        assert torch.equal(model[1](z), want)
+
+
+def test_a_bias_frozen_after_conversion_is_refused_by_name() -> None:
+    model = dpk.convert_model(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)))
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(dpk.UnsupportedModuleError, match="'bias' of layer '0' was frozen after convert_model"):
+        attach(model, torch.randn(4, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,3 +181,40 @@ def test_names_convolutions_whose_padding_keeps_everything() -> None:
         return dpk.memory_report(nn.Sequential(*convs), torch.randn(4, 8, 6, 6)).left
 
     assert left("zeros") == {} and "padding" in left("circular")["Conv2d"]
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_few_samples_measure_what_many_do(batch: int) -> None:
+    def per_sample(size: int) -> float:
+        model = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(6 * 32 * 32, 4),
+        )  # fmt: skip
+        after = dpk.memory_report(model, torch.randn(size, 3, 32, 32)).after
+        assert after.per_sample is not None
+        assert after.per_sample >= after.total / size
+        return after.per_sample
+
+    assert per_sample(batch) == pytest.approx(per_sample(16), rel=0.05)
+
+
+@pytest.mark.parametrize("batch", [None, torch.tensor(1.0), (torch.zeros(2, 3), torch.zeros(1, 3)), {}])
+def test_what_is_no_batch_is_refused(batch: Any) -> None:
+    with pytest.raises(dpk.BatchLayoutError, match="memory_report: sample_batch must be"):
+        dpk.memory_report(nn.Linear(3, 3), batch)
+
+
+def test_what_is_no_model_or_no_memory_is_refused() -> None:
+    with pytest.raises(dpk.ConversionError, match=r"must be a torch\.nn\.Module, not NoneType"):
+        dpk.memory_report(None, torch.zeros(2, 3))  # type: ignore[arg-type]
+    with pytest.raises(dpk.ConversionError, match="'16GB'"):
+        dpk.memory_report(nn.Linear(3, 3), torch.zeros(2, 3)).after.largest_batch("16GB")  # type: ignore[arg-type]
+
+
+def test_says_why_a_swapped_module_keeps_what_it_did() -> None:
+    layers = (nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 3), nn.MaxPool2d(17), nn.Flatten(), nn.Linear(4, 2))
+    model = dpk.convert_model(nn.Sequential(*layers))
+    model[1].weight.requires_grad_(True)
+    left = dpk.memory_report(model, torch.randn(2, 3, 20, 20)).left
+    assert left["Conv2d"] == "its weight is trained"
+    assert "settings" in left["MaxPool2d"]

@@ -71,7 +71,8 @@ class ConvertedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles are unattached: per-sample gradients never travel with a model.
-        state = {k: v for k, v in self.__dict__.items() if k not in STATE or k in _KEPT}
+        own: Any = getattr(self, "__getstate__", lambda: self.__dict__)()  # Python 3.10 has no default one
+        state = {k: v for k, v in own.items() if k not in STATE or k in _KEPT}
         kind = kind_of_class(self.converted_from)
         own = () if kind is not None and kind.mixin is self.mixin else (self.mixin,)
         return _rebuild, (self.converted_from, *own), state
