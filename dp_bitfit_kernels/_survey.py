@@ -13,6 +13,7 @@ from torch import nn
 from . import layers
 from ._nested import tensors_in
 from ._selection import what_is
+from .layers import own_forward
 
 # These read their children's parameters themselves, so the children's forward, and with it ours, never runs.
 _USES_CHILDREN_AS_FUNCTIONS = (nn.MultiheadAttention,)
@@ -77,6 +78,8 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Slot]]:
     for module_name, module in model.named_modules(remove_duplicate=False):
         if id(module) not in sites:
             kind = layers.lookup(module)
+            if kind is None and not layers.is_converted(module) and "forward" not in module.__dict__:
+                kind = own_forward.find(module)
             used = id(module) in functional
             sites[id(module)] = Site(module, [], kind, _obstacle(module, kind, used), used)
         site = sites[id(module)]
@@ -94,7 +97,9 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Slot]]:
 def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool) -> str:
     if functional:
         return "its parameters are used by the MultiheadAttention around it, which never calls it"
-    if nn.utils.parametrize.is_parametrized(module):
+    if nn.utils.parametrize.is_parametrized(module) and (
+        kind is None or any(nn.utils.parametrize.is_parametrized(module, own) for own in kind.bias_names)
+    ):
         return "it is parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
     taken = [] if layers.is_converted(module) else sorted(layers.base.NAMES & own_names(module))
     if kind is not None and taken:

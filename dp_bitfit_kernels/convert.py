@@ -303,7 +303,7 @@ def _plan(
     swap = []
     for site in sites:
         if id(site) in hosts:
-            swap.append((site, ONE_BY_ONE, frozenset(own_names[id(site)])))
+            swap.append((site, _host_kind(site), frozenset(own_names[id(site)])))
         elif site.kind is not None and (
             own_names[id(site)] or site.kind.freezes_statistics or site.keeps_less_in(memory)
         ):
@@ -317,14 +317,20 @@ def _plan(
         sizes=sizes,
         layers=dict(collections.Counter(kind.name for _, kind, _ in swap)),
         never_called=tuple(name for name in idle if not any(below(name, host) for host in alone)),
-        one_by_one={site.names[0]: type(site.module).__name__ for site in alone},
+        one_by_one={site.names[0]: type(site.module).__name__ for site in alone if _host_kind(site) is ONE_BY_ONE},
         total=sum(tensor.parameter.numel() for tensor in tensors),
     )
     return _Plan(report, swap, [tensors[index].parameter for index in wanted])
 
 
+def _host_kind(site: Site) -> layers.LayerKind:
+    """How a host is converted: by a kind of its own that gives parameters below it, or one sample at a time."""
+    own = site.kind
+    return own if own is not None and issubclass(own.mixin, OneByOneLayer) else ONE_BY_ONE
+
+
 def _group(site: Site, own: str, alone: bool) -> str:
-    if alone or site.kind is None:
+    if site.kind is None or (alone and _host_kind(site) is ONE_BY_ONE):
         return f"{type(site.module).__name__} one sample at a time: {own.rpartition('.')[2]}"
     return f"{site.kind.name}.{own}"
 
@@ -374,7 +380,7 @@ def _rebuilt_report(model: nn.Module) -> ConversionReport:
         one_by_one={
             name: module.converted_from.__name__
             for name, module in model.named_modules()
-            if isinstance(module, OneByOneLayer) and module.trained
+            if isinstance(module, OneByOneLayer) and module.mixin is OneByOneLayer and module.trained
         },
         total=sum(tensor.parameter.numel() for tensor in tensors),
     )

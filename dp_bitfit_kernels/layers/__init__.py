@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import activation, conv, linear, norm, pool
+from . import activation, added, attention, conv, linear, norm, pool
 from .base import (
     BiasLayer,
     ConvertedLayer,
@@ -20,6 +20,8 @@ __all__ = [
     "ConvertedLayer",
     "LayerKind",
     "activation",
+    "added",
+    "attention",
     "conv",
     "convert_layer",
     "is_converted",

@@ -281,10 +281,9 @@ def kind_of_class(cls: type) -> LayerKind | None:
 
 def lookup(module: nn.Module) -> LayerKind | None:
     """The kind of ``module``, converted or not; None where no kind fits."""
-    cls = module.converted_from if isinstance(module, ConvertedLayer) else type(module)
     if "forward" in module.__dict__:  # an instance whose forward was replaced is not what its class says
         return None
-    return kind_of_class(cls)
+    return kind_of_class(module.converted_from if isinstance(module, ConvertedLayer) else type(module))
 
 
 def is_converted(module: nn.Module) -> bool:

@@ -8,8 +8,7 @@ the module treats samples independently, which the proof of the layout asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,7 @@ from .._nested import map_tensors, strangers, tensors_in
 from .._validate import BatchLayoutError
 from ..functional import SpreadFunction, apply
 from .base import BiasLayer, LayerKind
-
-Places = Sequence[tuple[nn.Module, str]]  # modules, and the own names under which they hold one parameter
+from .standing_in import Places, standing_in
 
 
 @dataclass(frozen=True)
@@ -123,25 +121,6 @@ def replaced(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 UNPROVEN = "Call the model once in eager mode on a batch that shows its samples in its inputs' leading dimension"
-
-
-@contextmanager
-def standing_in(chosen: Sequence[tuple[Places, Tensor]]) -> Iterator[None]:
-    """Tensors in the places of parameters."""
-    kept = [(module, own, module._parameters[own]) for places, _ in chosen for module, own in places]
-    recurrent = {module: module._flat_weights for module, _, _ in kept if isinstance(module, nn.RNNBase)}
-    try:
-        for places, tensor in chosen:
-            for module, own in places:
-                module._parameters[own] = tensor  # type: ignore[assignment]
-        for module in recurrent:  # it keeps a list of its own
-            module.__dict__["_flat_weights"] = [module._parameters[name] for name in module._flat_weights_names]
-        yield
-    finally:
-        for module, own, parameter in kept:
-            module._parameters[own] = parameter
-        for module, weights in recurrent.items():
-            module.__dict__["_flat_weights"] = weights
 
 
 ONE_BY_ONE = LayerKind("one by one", nn.Module, OneByOneLayer, bias_names=(), whole_names=())

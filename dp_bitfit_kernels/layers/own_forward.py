@@ -1,0 +1,126 @@
+"""Subclasses with a forward of their own: standardised or padded convolutions, norms of images, cast norms.
+
+Their forward runs as it is, with the bias cut off, and the tap takes the bias's gradient from the output. That is right
+where the output is something plus the bias along one known dimension. It is not believed but tried: on a random input,
+several changes of the bias must come out as they went in. What fails is run one sample at a time instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import BiasLayer, LayerKind
+from .standing_in import standing_in
+
+_TRIALS = 3
+
+
+class OwnForwardLayer(BiasLayer):
+    """The class's own forward; its output ends in the dimension of the bias."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "bias" not in self.trained or not self.recording():
+            return super().forward(*args, **kwargs)
+        with standing_in([([(self, "bias")], self.own_bias().detach())]):
+            output = super().forward(*args, **kwargs)
+        return self.tap(output)
+
+
+class OwnForwardChannelsLayer(OwnForwardLayer):
+    """The same with the bias along dimension 1."""
+
+    channels_first = True
+
+
+def _like(shape: tuple[int, ...], module: nn.Module, generator: torch.Generator) -> Tensor:
+    weight: Any = next(iter(module.parameters()))
+    return torch.randn(shape, generator=generator).to(device=weight.device, dtype=weight.dtype)
+
+
+def _inputs(module: Any) -> list[tuple[int, ...]]:
+    """Shapes of inputs that the base class would take."""
+    if isinstance(module, nn.Linear):
+        return [(2, 3, module.in_features)]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        sizes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        return [(2, module.in_channels, *(spread * (size - 1) + 2 * step + 1 for size, step, spread in sizes))]
+    if isinstance(module, nn.GroupNorm):
+        return [(2, module.num_channels, 3, 4)]
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        (width,) = module.normalized_shape
+        return [(2, width, 3, 4), (2, 3, width)] if width != 4 else [(2, width, 3, 5), (2, 3, width)]
+    return []
+
+
+def find(module: nn.Module) -> LayerKind | None:
+    """The kind of a module whose class has a forward of its own; None where its bias is not simply added."""
+    bias = module._parameters.get("bias")
+    shapes = _inputs(module)
+    if bias is None or bias.dim() != 1 or not bias.is_floating_point() or not shapes:
+        return None
+    if bias.device.type == "meta":  # values are needed: a small copy with some
+        module = copy.deepcopy(module).to_empty(device="cpu")
+        for parameter in module.parameters():
+            nn.init.normal_(parameter)
+        bias = module._parameters["bias"]
+        assert bias is not None
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        first = (not isinstance(module, nn.Linear) and len(shape) != 3) or isinstance(module, nn.Conv1d)
+        if _is_added(module, bias, _like(shape, module, generator), 1 if first else -1, generator):
+            mixin = OwnForwardChannelsLayer if first else OwnForwardLayer
+            return LayerKind(
+                f"{type(module).__name__.lower()} (own forward)", type(module), mixin, whole_names=("bias",)
+            )
+    return None
+
+
+def _is_added(module: nn.Module, bias: Tensor, x: Tensor, dim: int, generator: torch.Generator) -> bool:
+    """Whether changes of the bias show in the output as they are, along ``dim``, in evaluation and in training."""
+
+    def run(value: Tensor) -> Any:
+        torch.manual_seed(0)
+        with standing_in([([(module, "bias")], value)]):
+            return module(x)
+
+    with torch.no_grad(), torch.random.fork_rng(), _put_back(module):
+        for mode in (False, True):
+            module.train(mode)
+            try:
+                before = run(bias)
+                if not isinstance(before, Tensor) or before.dim() < 2 or before.shape[dim] != bias.numel():
+                    return False
+                size = float(before.abs().max()) + 1.0
+                room = size * (0.05 if bias.dtype in (torch.float16, torch.bfloat16) else 1e-4)
+                along = [-1 if d == dim % before.dim() else 1 for d in range(before.dim())]
+                for _ in range(_TRIALS):
+                    change = size * torch.randn(bias.shape, generator=generator).to(bias)
+                    difference = run(bias + change) - before - change.view(along)
+                    if not float(difference.abs().max()) <= room:
+                        return False
+            except _FAILURES:  # not an input that it takes
+                return False
+    return True
+
+
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)
+
+
+@contextmanager
+def _put_back(module: nn.Module) -> Iterator[None]:
+    """Modes and buffers are afterwards as they were."""
+    modes = [(m, m.training) for m in module.modules()]
+    buffers = [(m, name, b, b.clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for m, name, buffer, value in buffers:
+            m._buffers[name] = buffer.copy_(value)
