@@ -86,8 +86,8 @@ MEMORY = (
     Sabotage(
         "a max pool keeps eight bytes a window",
         "functional_window.py",
-        "        ctx.save_for_backward(place[index.sub_(first)])\n",
-        "        ctx.save_for_backward(place[index.sub_(first)].long())\n",
+        "        ctx.save_for_backward(_looked_up(place, index.sub_(first)))\n",
+        "        ctx.save_for_backward(_looked_up(place, index.sub_(first)).long())\n",
         (KEPT,),
     ),
     Sabotage(

@@ -1,0 +1,109 @@
+"""Rows that are put to the wrong samples, and parameters whose gradient is not their samples'."""
+
+from __future__ import annotations
+
+from sabotage import Sabotage
+
+LAYOUTS, ALONE, OWN = "test_layouts.py", "test_one_by_one.py", "test_own_forward.py"
+CHECK = f"{LAYOUTS}::TestCheckModel"
+
+COVERAGE = (
+    Sabotage(
+        "a table whose size fits is taken for a batch",
+        "evidence.py",
+        "    return way == (MAJOR, 1) or any(_shows(a, b, kept) for a, b, kept in digests)\n",
+        "    return True\n",
+        (f"{LAYOUTS}::test_the_shape_alone_proves_nothing",),
+    ),
+    Sabotage(
+        "any number of rows a sample is taken",
+        "arrangement.py",
+        "        return k in self.folds or any(",
+        "        return k > 0 or any(",
+        (f"{LAYOUTS}::test_packed_tokens_are_refused_even_where_the_numbers_fit",),
+    ),
+    Sabotage(
+        "rows of samples in turn are taken for rows side by side",
+        "arrangement.py",
+        "    if kind == INNER:\n",
+        "    if False:\n",
+        (f"{LAYOUTS}::test_by_sample_puts_each_row_to_its_sample",),
+    ),
+    Sabotage(
+        "compiled code keeps what it took the rows for",
+        "session.py",
+        "        if unlike:\n",
+        "        if False:\n",
+        (f"{LAYOUTS}::test_compiled_with_no_eager_forward_is_refused_and_then_works",),
+    ),
+    Sabotage(
+        "runs that call other layers are compared",
+        "evidence.py",
+        "        if len(layers) > 1:\n",
+        "        if False:\n",
+        (f"{ALONE}::test_rows_are_those_of_the_samples[routed linears]",),
+    ),
+    Sabotage(
+        "all samples share the first one's copy",
+        "layers/one_by_one.py",
+        "[(places[name], copy[i]) for name, copy in copies.items()]",
+        "[(places[name], copy[0]) for name, copy in copies.items()]",
+        (f"{ALONE}::test_rows_are_those_of_the_samples[query bias]",),
+    ),
+    Sabotage(
+        "an output that all samples share is one sample's",
+        "evidence.py",
+        "                raise _not_held(layer, cuts[0].shape, batch)\n",
+        "                axis = 0\n",
+        (f"{ALONE}::test_rows_are_those_of_the_samples[position table]",),
+    ),
+    Sabotage(
+        "a bias that is not added last is taken for one",
+        "layers/own_forward.py",
+        "                    if not float(difference.abs().max()) <= room:\n",
+        "                    if False:\n",
+        (f"{OWN}::test_rows_are_those_of_the_samples",),
+    ),
+    Sabotage(
+        "a forward is tried in evaluation alone",
+        "layers/own_forward.py",
+        "        for mode in (False, True):\n",
+        "        for mode in (False,):\n",
+        (f"{OWN}::test_rows_are_those_of_the_samples",),
+    ),
+    Sabotage(
+        "key and value biases of attention get the query's rows",
+        "layers/attention.py",
+        "None if rows is None else rows[:, start:stop]",
+        "None if rows is None else rows[:, : stop - start]",
+        (f"{ALONE}::test_rows_are_those_of_the_samples[attention, cross]",),
+    ),
+    Sabotage(
+        "check_model passes whatever it finds",
+        "check.py",
+        "        if not errors[name] <= allowed:\n",
+        "        if False:\n",
+        (f"{CHECK}::test_parameters_that_are_read_past_their_layer_are_named",),
+    ),
+    Sabotage(
+        "check_model takes any loss for a sum over samples",
+        "check.py",
+        "        if not difference <= room:\n",
+        "        if False:\n",
+        (f"{CHECK}::test_the_reduction_is_asked",),
+    ),
+    Sabotage(
+        "check_model does not ask about padding",
+        "check.py",
+        "    if padding is not None and not padding <= 10 * allowed:\n",
+        "    if False:\n",
+        (f"{CHECK}::test_padding_that_matters_is_refused",),
+    ),
+    Sabotage(
+        "what a hook of the old kind wrote is missed",
+        "layers/base.py",
+        "        return bool(self._backward_hooks) and self._is_full_backward_hook is False\n",
+        "        return False\n",
+        ("test_handover.py::test_a_module_with_an_old_backward_hook_hands_nothing_over",),
+    ),
+)
