@@ -77,6 +77,17 @@ class BiasRule:
                     f"{matched[0]!r}; end the pattern in the parameter's own name to train one all the same"
                 )
 
+    def widened(self, names: Sequence[str], modules: Sequence[str]) -> BiasRule:
+        """The same rule, with patterns that match modules but no parameter standing for the biases of these modules."""
+
+        def of(patterns: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(
+                f"{pattern}.bias" if not _any_match([pattern], names) and _any_match([pattern], modules) else pattern
+                for pattern in patterns
+            )
+
+        return BiasRule(of(self.include), of(self.exclude), self.everything)
+
     def spelled(self) -> str:
         """The argument as a user would write it inside a tuple, without the brackets."""
         patterns = (["*"] if self.everything else list(self.include)) + [f"!{pattern}" for pattern in self.exclude]

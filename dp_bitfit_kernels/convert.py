@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from . import layers, layout
+from . import _missing, layers, layout
 from ._hosts import Hosts, below, inside, relative
 from ._selection import BiasRule, ModuleRule, bias_rule, module_rule
 from ._survey import Site, Slot, Usage, arguments, survey, undisturbed, usage
@@ -73,7 +73,9 @@ def convert_model(
         out (`"*.relative_position_bias_table"`; not `"*"`). A pattern that matches nothing is an error.
     train_modules: fnmatch patterns of module names. What they match is trained whole, all below it included; this
         overrides exclusions in `biases`.
-    add_missing_biases: True is not available in this version.
+    add_missing_biases: give Linear, convolution and LayerNorm layers that have no bias one of zeros, so that outputs
+        stay what they were; all of them, or those that `biases` selects. Patterns may then name modules
+        ("*.v_proj"). Not the layer that turns states into words. The biases stay with `restore_model`.
     memory: what the model keeps for backward. "exact": only what the input gradient needs; modules without a bias are
         swapped for this, too (frozen convolutions, ReLU, dropout, GELU, pooling), unless they have hooks or a forward
         of their own. Outputs and gradients are those of the modules they replace. "compact": less still, and no
@@ -89,16 +91,27 @@ def convert_model(
     sites, tensors = survey(model)
     used = None if sample_batch is None else usage(model, sample_batch, sites, tensors)
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    unfit: list[nn.Module] = []  # the modules around them are run one sample at a time
-    while True:
-        plan = _decide(sites, tensors, chosen, whole, used, memory, unfit)
-        _swap(plan, backend, memory)
-        more = [] if used is None else _unheld(model, sample_batch, plan)
-        if not more:
-            break
-        unfit += more
+    lacking = _missing.candidates(model, sites, tensors) if add_missing_biases else []
+    modules = [name for site in sites for name in site.names]
+    biased = [name for tensor in tensors for name in tensor.names if tensor.not_bias is None]
+    biased += _missing.names_of(lacking)
+    names = [*(name for tensor in tensors for name in tensor.names), *_missing.names_of(lacking)]
+    if lacking:
+        chosen = chosen.widened(names, modules)
+    chosen.check(names, biased)
+    whole.check(modules)
+    added: list[Site] = []
+    try:
+        if lacking:
+            added = _missing.chosen_of(lacking, chosen, None if used is None else used.called)
+            _missing.add(added)
+            sites, tensors = survey(model)
+        plan = _settle(model, sites, tensors, chosen, whole, used, memory, backend, sample_batch)
+    except BaseException:
+        _missing.remove(added)
+        raise
     _train(plan, tensors)
-    _records[model] = _Record(plan.report, required_grad)
+    _records[model] = _Record(dataclasses.replace(plan.report, added=tuple(_missing.names_of(added))), required_grad)
     return model
 
 
@@ -135,13 +148,13 @@ def restore_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_arguments(model: nn.Module, add_missing_biases: bool, memory: str, backend: str) -> None:
+def _check_arguments(model: nn.Module, add_missing_biases: object, memory: str, backend: str) -> None:
     if not isinstance(model, nn.Module):
         raise ConversionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
         raise ConversionError(f"{type(model).__name__}: convert the model itself, before it is wrapped or compiled")
-    if add_missing_biases:
-        raise ConversionError("add_missing_biases=True is not available in this version: leave it False")
+    if not isinstance(add_missing_biases, bool):
+        raise ConversionError(f"add_missing_biases must be True or False, not {add_missing_biases!r}")
     if memory not in ("exact", "compact", "off"):
         raise ConversionError(f'memory must be "exact", "compact" or "off", not {memory!r}')
     if backend not in _BACKENDS:
@@ -155,6 +168,28 @@ def _check_arguments(model: nn.Module, add_missing_biases: bool, memory: str, ba
             raise ConversionError(f"{name!r} has no shape yet: run the model once before convert_model")
 
 
+def _settle(
+    model: nn.Module,
+    sites: list[Site],
+    tensors: list[Slot],
+    chosen: BiasRule,
+    whole: ModuleRule,
+    used: Usage | None,
+    memory: str,
+    backend: str,
+    sample_batch: Any,
+) -> _Plan:
+    """Swap the layers in; again, with the modules around them, for those whose rows are not samples of the batch."""
+    unfit: list[nn.Module] = []
+    while True:
+        plan = _decide(sites, tensors, chosen, whole, used, memory, unfit)
+        _swap(plan, backend, memory)
+        more = [] if used is None else _unheld(model, sample_batch, plan)
+        if not more:
+            return plan
+        unfit += more
+
+
 def _decide(
     sites: list[Site],
     tensors: list[Slot],
@@ -164,9 +199,6 @@ def _decide(
     memory: str,
     unfit: list[nn.Module],
 ) -> _Plan:
-    everything = [name for tensor in tensors for name in tensor.names]
-    chosen.check(everything, [name for tensor in tensors for name in tensor.names if tensor.not_bias is None])
-    whole.check([name for site in sites for name in site.names])
     _check_statistics(sites)
     head = {id(site) for site in sites if any(whole.covers(name) for name in site.names)}
     no_layer = {id(module) for module in unfit}
@@ -316,6 +348,7 @@ def _plan(
         groups=groups,
         sizes=sizes,
         layers=dict(collections.Counter(kind.name for _, kind, _ in swap)),
+        added=(),
         never_called=tuple(name for name in idle if not any(below(name, host) for host in alone)),
         one_by_one={site.names[0]: type(site.module).__name__ for site in alone if _host_kind(site) is ONE_BY_ONE},
         total=sum(tensor.parameter.numel() for tensor in tensors),
@@ -376,6 +409,7 @@ def _rebuilt_report(model: nn.Module) -> ConversionReport:
         groups={tensor.names[0]: tensor.owners[0][1] for tensor in trained},
         sizes={tensor.names[0]: tensor.parameter.numel() for tensor in frozen},
         layers=dict(collections.Counter(type(module).__name__ for module in converted)),
+        added=(),
         never_called=(),
         one_by_one={
             name: module.converted_from.__name__

@@ -19,6 +19,7 @@ class ConversionReport:
     groups:       trained name -> "Kind.parameter", such as "Linear.bias".
     sizes:        frozen name -> number of elements.
     layers:       kind -> number of converted modules (frozen BatchNorm included).
+    added:        trained names of biases that conversion gave to layers without one.
     never_called: biased modules that `sample_batch` did not reach.
     one_by_one:   module -> class of those that are run one sample at a time, which is slow.
     total:        elements of all parameters, tied ones once.
@@ -30,6 +31,7 @@ class ConversionReport:
     groups: dict[str, str]
     sizes: dict[str, int]
     layers: dict[str, int]
+    added: tuple[str, ...]
     never_called: tuple[str, ...]
     one_by_one: dict[str, str]
     total: int
@@ -46,7 +48,7 @@ class ConversionReport:
     def to_dict(self) -> dict[str, Any]:
         """The whole report in plain containers, ready for JSON."""
         fields = dataclasses.asdict(self)
-        return {**fields, "never_called": list(self.never_called), "percent": self.percent}
+        return {**fields, "added": list(self.added), "never_called": list(self.never_called), "percent": self.percent}
 
     def __str__(self) -> str:
         lines = [
@@ -63,6 +65,8 @@ class ConversionReport:
             lines.append(_row(reason, names, self.sizes))
             if reason != NOT_A_BIAS:
                 lines += _listed(names)
+        if self.added:
+            lines += ["", "biases of zeros, given to layers that had none", *_listed(list(self.added))]
         if self.never_called:
             lines += ["", "modules with a bias that sample_batch never called", *_listed(list(self.never_called))]
         if self.one_by_one:

@@ -93,7 +93,6 @@ def test_statistics_that_cannot_be_frozen_are_refused(module: nn.Module) -> None
         ({"biases": ("",)}, "empty pattern"),
         ({"biases": "informative"}, "not available in this version"),
         ({"train_modules": "haed"}, r"train_modules: 'haed' matches no module; near it: head"),
-        ({"add_missing_biases": True}, "add_missing_biases=True is not available"),
         ({"memory": "some"}, "memory must be"),
         ({"backend": "cuda"}, "backend must be one of auto, reference, native, triton"),
     ],
