@@ -56,6 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path(".demo"), help="folder for the figure and the biases (.demo)")
     demo.set_defaults(run=_demo)
+    scan = commands.add_parser(
+        "scan",
+        help="say what would be trained of a model, without its weights",
+        description="Builds the model on the meta device and prints the conversion report.",
+    )
+    scan.add_argument(
+        "model", help="a class of transformers, a folder or name of one, timm:NAME, or package.module:Class"
+    )
+    scan.add_argument("--json", action="store_true", help="all of the report, as JSON")
+    scan.add_argument("--biases", nargs="+", default="all", metavar="PATTERN", help="as convert_model takes them (all)")
+    scan.add_argument("--train-modules", nargs="+", default=(), metavar="PATTERN", help="modules trained whole")
+    scan.add_argument("--add-missing-biases", action="store_true", help="give layers without a bias one")
+    scan.set_defaults(run=_scan)
     doctor = commands.add_parser(
         "doctor",
         help="what this installation has, and a self-test of each backend",
@@ -64,6 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _scan(options: argparse.Namespace) -> int:
+    from .scan import report_of
+
+    print(
+        report_of(
+            options.model,
+            options.json,
+            biases=options.biases,
+            train_modules=options.train_modules,
+            add_missing_biases=options.add_missing_biases,
+        )
+    )
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
