@@ -16,8 +16,9 @@ from networks import ConvNet, accounted, bias_names, same, snapshot
 from torch import Tensor, nn
 
 from dp_bitfit_kernels import layers
+from dp_bitfit_kernels._decision import NEVER_CALLED
 from dp_bitfit_kernels._validate import ConversionError, UnsupportedModuleError
-from dp_bitfit_kernels.convert import NEVER_CALLED, conversion_report, convert_model, restore_model
+from dp_bitfit_kernels.convert import conversion_report, convert_model, restore_model
 from dp_bitfit_kernels.report import NOT_A_BIAS
 
 

@@ -1,0 +1,194 @@
+"""What a conversion does to each module and each parameter: decided before anything is changed."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from torch import nn
+
+from . import layers
+from ._hosts import Hosts, below, inside, relative
+from ._selection import BiasRule, ModuleRule
+from ._survey import Site, Slot, Usage
+from ._validate import ConversionError, UnsupportedModuleError
+from .layers.one_by_one import ONE_BY_ONE, OneByOneLayer
+from .report import ConversionReport
+
+NEVER_CALLED = "never called on sample_batch: it would only receive noise"
+
+
+@dataclasses.dataclass
+class Plan:
+    """What to do to each module and each parameter."""
+
+    report: ConversionReport
+    swap: list[tuple[Site, layers.LayerKind, frozenset[str]]]
+    trained: list[nn.Parameter]
+
+
+def decide(
+    sites: list[Site],
+    tensors: list[Slot],
+    chosen: BiasRule,
+    whole: ModuleRule,
+    used: Usage | None,
+    memory: str,
+    unfit: list[nn.Module],
+) -> Plan:
+    _check_statistics(sites)
+    head = {id(site) for site in sites if any(whole.covers(name) for name in site.names)}
+    no_layer = {id(module) for module in unfit}
+    hosts = Hosts(sites, unfit, None if used is None else used.called)
+
+    reasons: dict[int, str] = {}  # index of the tensor -> why it is frozen
+    wanted: dict[int, list[tuple[Site, str]]] = {}  # index of the tensor -> the owners that give its gradient
+    refused: dict[bool, list[tuple[str, str]]] = {False: [], True: []}  # in a head or not -> name, why
+    for index, tensor in enumerate(tensors):
+        in_head = any(id(site) in head for site, _ in tensor.owners)
+        reason = None if in_head else chosen.reason(tensor.names, tensor.not_bias)
+        if reason is None and used is not None and not used.uses(tensor):
+            reason = NEVER_CALLED
+        if reason is not None:
+            reasons[index] = reason
+            continue
+        wanted[index] = [
+            (site, own)
+            for site, own in tensor.owners
+            if site.gives(own, whole=id(site) in head)
+            and id(site.module) not in no_layer
+            and (used is None or id(site.module) in used.called)
+        ]
+        if not wanted[index] or _used_beside(tensor, wanted[index], head if in_head else set()):
+            host = hosts.of(tensor)
+            if isinstance(host, str):
+                refused[in_head].append((tensor.names[0], host))
+            else:
+                hosts.take(host)
+    _refuse(refused, chosen)
+    if not wanted:
+        raise ConversionError(_nothing_to_train(tensors, reasons))
+    alone = hosts.outermost()
+    for index, owners in wanted.items():
+        wanted[index] = _given_by(alone, tensors[index], owners)
+    return _plan(sites, tensors, wanted, reasons, used, memory, alone)
+
+
+def _used_beside(tensor: Slot, owners: list[tuple[Site, str]], head: set[int]) -> bool:
+    """Whether owners that do not give its gradient use a weight too, so that a part of it would miss the ledger."""
+    giving = {id(site) for site, _ in owners} & (head or {id(site) for site, _ in owners})
+    return bool(tensor.not_bias) and any(id(site) not in giving for site, _ in tensor.owners)
+
+
+def _given_by(alone: list[Site], tensor: Slot, owners: list[tuple[Site, str]]) -> list[tuple[Site, str]]:
+    """Who gives the gradient: the hosts that the parameter lies in, under its name there, and layers outside them."""
+    given = [(site, own) for site, own in owners if not any(inside(site, host) for host in alone)]
+    for host in alone:
+        names = [name for name in tensor.names if below(name, host)]
+        if names:
+            given.append((host, relative(names[0], host)))
+    return given
+
+
+def _refuse(refused: dict[bool, list[tuple[str, str]]], chosen: BiasRule) -> None:
+    if refused[True]:
+        raise UnsupportedModuleError(
+            "train_modules asks for parameters that cannot be trained whole:\n"
+            + _itemised(refused[True])
+            + "\nname other modules in train_modules, or freeze these by leaving their module out"
+        )
+    if refused[False]:
+        excluded = ", ".join(f'"!{name}"' for name, _ in refused[False])
+        raise UnsupportedModuleError(
+            "these biases should be trained, but their per-sample gradient is not known:\n"
+            + _itemised(refused[False])
+            + f"\nto leave them frozen: biases=({chosen.spelled()}, {excluded})"
+        )
+
+
+def _check_statistics(sites: list[Site]) -> None:
+    """Statistics of a private batch must neither mix its samples nor stay in a buffer, trained bias or not."""
+    faults = []
+    for site in sites:
+        if site.kind is not None and not site.obstacle:
+            continue
+        batchnorm = nn.modules.batchnorm
+        mixes = isinstance(site.module, batchnorm._BatchNorm)
+        keeps = isinstance(site.module, batchnorm._NormBase) and site.module.running_mean is not None
+        if mixes or keeps:
+            faults.append((site.names[0], f"{type(site.module).__name__}: {site.obstacle}"))
+    if faults:
+        raise UnsupportedModuleError(
+            "these modules take statistics over the batch, which mixes or records its samples, and cannot be frozen:\n"
+            + _itemised(faults)
+            + "\nreplace them (GroupNorm needs no statistics) or use plain BatchNorm with running statistics"
+        )
+
+
+def _plan(
+    sites: list[Site],
+    tensors: list[Slot],
+    wanted: dict[int, list[tuple[Site, str]]],
+    reasons: dict[int, str],
+    used: Usage | None,
+    memory: str,
+    alone: list[Site],
+) -> Plan:
+    hosts = {id(host) for host in alone}
+    own_names: dict[int, set[str]] = collections.defaultdict(set)
+    trained, frozen, tied, groups, sizes = {}, {}, {}, {}, {}
+    for index, tensor in enumerate(tensors):
+        name, numel = tensor.names[0], tensor.parameter.numel()
+        tied.update(dict.fromkeys(tensor.names[1:], name))
+        if index in wanted:
+            for site, own in wanted[index]:
+                own_names[id(site)].add(own)
+            site, own = wanted[index][0]
+            trained[name], groups[name] = numel, _group(site, own, id(site) in hosts)
+        else:
+            frozen[name], sizes[name] = reasons[index], numel
+    swap = []
+    for site in sites:
+        if id(site) in hosts:
+            swap.append((site, _host_kind(site), frozenset(own_names[id(site)])))
+        elif site.kind is not None and (
+            own_names[id(site)] or site.kind.freezes_statistics or site.keeps_less_in(memory)
+        ):
+            swap.append((site, site.kind, frozenset(own_names[id(site)])))
+    idle = [s.names[0] for s in sites if used is not None and s.biased and id(s.module) not in used.called]
+    report = ConversionReport(
+        trained=trained,
+        frozen=frozen,
+        tied=tied,
+        groups=groups,
+        sizes=sizes,
+        layers=dict(collections.Counter(kind.name for _, kind, _ in swap)),
+        added=(),
+        never_called=tuple(name for name in idle if not any(below(name, host) for host in alone)),
+        one_by_one={site.names[0]: type(site.module).__name__ for site in alone if _host_kind(site) is ONE_BY_ONE},
+        total=sum(tensor.parameter.numel() for tensor in tensors),
+    )
+    return Plan(report, swap, [tensors[index].parameter for index in wanted])
+
+
+def _host_kind(site: Site) -> layers.LayerKind:
+    """How a host is converted: by a kind of its own that gives parameters below it, or one sample at a time."""
+    own = site.kind
+    return own if own is not None and issubclass(own.mixin, OneByOneLayer) else ONE_BY_ONE
+
+
+def _group(site: Site, own: str, alone: bool) -> str:
+    if site.kind is None or (alone and _host_kind(site) is ONE_BY_ONE):
+        return f"{type(site.module).__name__} one sample at a time: {own.rpartition('.')[2]}"
+    return f"{site.kind.name}.{own}"
+
+
+def _itemised(items: list[tuple[str, str]]) -> str:
+    return "\n".join(f"  {name}: {why}" for name, why in items)
+
+
+def _nothing_to_train(tensors: list[Slot], reasons: dict[int, str]) -> str:
+    counts = collections.Counter(reasons.values())
+    listed = "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    hint = "name a head in train_modules, or widen biases"
+    return f"nothing to train among {len(tensors)} parameters ({listed or 'the model has none'}): {hint}"
