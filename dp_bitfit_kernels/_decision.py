@@ -10,6 +10,7 @@ from torch import nn
 from . import layers
 from ._hosts import Hosts, below, inside, relative
 from ._selection import BiasRule, ModuleRule
+from ._signal import NO_SIGNAL, Part
 from ._survey import Site, Slot, Usage
 from ._validate import ConversionError, UnsupportedModuleError
 from .layers.one_by_one import ONE_BY_ONE, OneByOneLayer
@@ -25,6 +26,17 @@ class Plan:
     report: ConversionReport
     swap: list[tuple[Site, layers.LayerKind, frozenset[str]]]
     trained: list[nn.Parameter]
+    still: dict[int, dict[str, tuple[int, int]]] = dataclasses.field(
+        default_factory=dict
+    )  # id(site) -> own name -> part
+
+    def keep_still(self, tensor: Slot, owners: list[tuple[Site, str]], part: Part) -> None:
+        """A part of a trained parameter stays as it is."""
+        name = tensor.names[0]
+        self.report.trained[name] -= part.stop - part.start
+        self.report.partly[name] = f"elements {part.start} to {part.stop} of {part.size}: {NO_SIGNAL}"
+        for site, own in owners:
+            self.still.setdefault(id(site), {})[own] = (part.start, part.stop)
 
 
 def decide(
@@ -35,6 +47,7 @@ def decide(
     used: Usage | None,
     memory: str,
     unfit: list[nn.Module],
+    silent: dict[int, Part],
 ) -> Plan:
     _check_statistics(sites)
     head = {id(site) for site in sites if any(whole.covers(name) for name in site.names)}
@@ -49,6 +62,9 @@ def decide(
         reason = None if in_head else chosen.reason(tensor.names, tensor.not_bias)
         if reason is None and used is not None and not used.uses(tensor):
             reason = NEVER_CALLED
+        part = None if in_head else silent.get(id(tensor.parameter))
+        if reason is None and part is not None and part.whole:
+            reason = NO_SIGNAL
         if reason is not None:
             reasons[index] = reason
             continue
@@ -71,7 +87,12 @@ def decide(
     alone = hosts.outermost()
     for index, owners in wanted.items():
         wanted[index] = _given_by(alone, tensors[index], owners)
-    return _plan(sites, tensors, wanted, reasons, used, memory, alone)
+    plan = _plan(sites, tensors, wanted, reasons, used, memory, alone)
+    for index, owners in wanted.items():
+        part = silent.get(id(tensors[index].parameter))
+        if part is not None and not any(id(site) in head for site, _ in tensors[index].owners):
+            plan.keep_still(tensors[index], owners, part)
+    return plan
 
 
 def _used_beside(tensor: Slot, owners: list[tuple[Site, str]], head: set[int]) -> bool:
@@ -164,6 +185,7 @@ def _plan(
         sizes=sizes,
         layers=dict(collections.Counter(kind.name for _, kind, _ in swap)),
         added=(),
+        partly={},
         never_called=tuple(name for name in idle if not any(below(name, host) for host in alone)),
         one_by_one={site.names[0]: type(site.module).__name__ for site in alone if _host_kind(site) is ONE_BY_ONE},
         total=sum(tensor.parameter.numel() for tensor in tensors),

@@ -52,6 +52,7 @@ class BiasRule:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     everything: bool  # every true bias that is not excluded
+    informative: bool = False  # but for those that provably get no gradient
 
     def reason(self, names: Sequence[str], not_bias: str | None) -> str | None:
         """Why a parameter of these names is frozen; None if it is selected. `not_bias`: as `what_is` says."""
@@ -86,7 +87,7 @@ class BiasRule:
                 for pattern in patterns
             )
 
-        return BiasRule(of(self.include), of(self.exclude), self.everything)
+        return BiasRule(of(self.include), of(self.exclude), self.everything, self.informative)
 
     def spelled(self) -> str:
         """The argument as a user would write it inside a tuple, without the brackets."""
@@ -114,7 +115,7 @@ class ModuleRule:
 
 def bias_rule(biases: str | Sequence[str]) -> BiasRule:
     if biases == "informative":
-        raise ConversionError('biases="informative" is not available in this version: use "all" or patterns')
+        return BiasRule((), (), everything=True, informative=True)
     if biases == "all":
         return BiasRule((), (), everything=True)
     patterns = _patterns("biases", biases)

@@ -16,6 +16,7 @@ from torch import nn
 from . import _missing, layers, layout
 from ._decision import Plan, decide
 from ._selection import BiasRule, ModuleRule, bias_rule, module_rule
+from ._signal import without_signal
 from ._survey import Site, Slot, Usage, arguments, survey, undisturbed, usage
 from ._validate import BatchLayoutError, ConversionError
 from .layers.one_by_one import OneByOneLayer
@@ -56,11 +57,13 @@ def convert_model(
     always converted: their running statistics are used and never updated. On any error the model is as it was. Undo
     with `restore_model`.
 
-    biases: "all"; () for none; or fnmatch patterns of full parameter names, such as ("encoder.*",
-        "!*.LayerNorm.bias"). A pattern with a leading "!" excludes, wherever it stands; only exclusions means all but
-        these. A bias is a parameter named `bias`, `*_bias` or `bias_*` that is added to features. Relative-position
-        tables, logit scalars and weights are selected only by a pattern that ends in the parameter's own name spelled
-        out (`"*.relative_position_bias_table"`; not `"*"`). A pattern that matches nothing is an error.
+    biases: "all"; "informative", all but those that provably get no gradient (of keys, under softmax attention without
+        rotary or relative positions) and would be moved by noise alone; () for none; or fnmatch patterns of full
+        parameter names, such as ("encoder.*", "!encoder.LayerNorm.bias"). A pattern with a leading "!" excludes,
+        wherever it stands; only exclusions means all but these. A bias is a parameter named `bias`, `*_bias` or
+        `bias_*` that is added to features. Relative-position tables, logit scalars and weights are selected only by a
+        pattern that ends in the parameter's own name spelled out (`"*.relative_position_bias_table"`; not `"*"`). A
+        pattern that matches nothing is an error.
     train_modules: fnmatch patterns of module names. What they match is trained whole, all below it included; this
         overrides exclusions in `biases`.
     add_missing_biases: give Linear, convolution and LayerNorm layers that have no bias one of zeros, so that outputs
@@ -171,8 +174,9 @@ def _settle(
 ) -> Plan:
     """Swap the layers in; again, with the modules around them, for those whose rows are not samples of the batch."""
     unfit: list[nn.Module] = []
+    silent = without_signal(model) if chosen.informative else {}
     while True:
-        plan = decide(sites, tensors, chosen, whole, used, memory, unfit)
+        plan = decide(sites, tensors, chosen, whole, used, memory, unfit, silent)
         _swap(plan, backend, memory)
         more = [] if used is None else _unheld(model, sample_batch, plan)
         if not more:
@@ -211,6 +215,8 @@ def _swap(plan: Plan, backend: str, memory: str) -> None:
             converted.memory = memory
             converted.layer_name = site.names[0]
             converted.__dict__["trained"] = own_names
+            if id(site) in plan.still:
+                converted.__dict__["still"] = plan.still[id(site)]
     except BaseException:
         _undo(plan)
         raise
@@ -244,6 +250,7 @@ def _rebuilt_report(model: nn.Module) -> ConversionReport:
         sizes={tensor.names[0]: tensor.parameter.numel() for tensor in frozen},
         layers=dict(collections.Counter(type(module).__name__ for module in converted)),
         added=(),
+        partly={},
         never_called=(),
         one_by_one={
             name: module.converted_from.__name__

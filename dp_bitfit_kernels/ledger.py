@@ -52,6 +52,13 @@ class Entry:
     stop: int
     layers: tuple[tuple[BiasLayer, str], ...]  # every layer that gives its gradient, and its name there
 
+    @property
+    def still(self) -> slice:
+        """Columns that a release leaves as they are."""
+        layer, own = self.layers[0]
+        start, stop = layer.still.get(own, (0, 0))
+        return slice(self.start + start, self.start + stop)
+
 
 def _silence_layout_warning() -> None:
     """Spend autograd's once-a-process warning that a gradient slice of a wider buffer is not dense.

@@ -19,6 +19,7 @@ class ConversionReport:
     groups:       trained name -> "Kind.parameter", such as "Linear.bias".
     sizes:        frozen name -> number of elements.
     layers:       kind -> number of converted modules (frozen BatchNorm included).
+    partly:       trained name -> which of its elements stay as they are, and why; `trained` counts the others.
     added:        trained names of biases that conversion gave to layers without one.
     never_called: biased modules that `sample_batch` did not reach.
     one_by_one:   module -> class of those that are run one sample at a time, which is slow.
@@ -31,6 +32,7 @@ class ConversionReport:
     groups: dict[str, str]
     sizes: dict[str, int]
     layers: dict[str, int]
+    partly: dict[str, str]
     added: tuple[str, ...]
     never_called: tuple[str, ...]
     one_by_one: dict[str, str]
@@ -65,6 +67,9 @@ class ConversionReport:
             lines.append(_row(reason, names, self.sizes))
             if reason != NOT_A_BIAS:
                 lines += _listed(names)
+        if self.partly:
+            listed = _listed([f"{name}, {why}" for name, why in self.partly.items()])
+            lines += ["", "trained in part", *listed]
         if self.added:
             lines += ["", "biases of zeros, given to layers that had none", *_listed(list(self.added))]
         if self.never_called:

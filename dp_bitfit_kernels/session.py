@@ -38,6 +38,14 @@ class ForwardHook:
         return ForwardHook, (None,)
 
 
+def _still(ledger: Ledger) -> Tensor | None:
+    """[P] bool: elements whose release is dropped. Which they are depends on no data, so that nothing is spent."""
+    mask = torch.zeros(ledger.width, dtype=torch.bool, device=ledger.device)
+    for entry in ledger.entries:
+        mask[entry.still] = True
+    return mask if any(entry.still.stop > entry.still.start for entry in ledger.entries) else None
+
+
 class Session:
     """State between the loader, the model's forward, the backward and the optimizer's step.
 
@@ -85,6 +93,7 @@ class Session:
         self._asked = False  # whether the open batch was shown to the proof
         self._reach_checked = False
         self._warned: set[str] = set()
+        self._still = _still(ledger)
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -394,7 +403,7 @@ class Session:
         key, noise_std = self.keys.key_tensor(ledger.device), self.noise_multiplier * GRID
         release = ledger.backend.noisy_sum(ledger.total, key, self._step, STREAM_NOISE, 0, noise_std, scale)
         ledger.total.zero_()
-        return release
+        return release if self._still is None else release.masked_fill_(self._still, 0.0)
 
     @property
     def noise_steps(self) -> int:

@@ -37,6 +37,7 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None
     flag("--head-lr", type=float, help="learning rate of the head (default: that of the biases)")
     flag("--max-grad-norm", type=float, default=1.0)
     flag("--clipping", default="automatic", choices=("automatic", "flat", "per_layer"))
+    flag("--biases", choices=("all", "informative"), default="all", help="all, or those that get a gradient at all")
     flag("--memory", choices=("exact", "compact", "off"), default="exact", help="what is kept for the backward pass")
     flag("--limit", type=int, help="use only so many training records, drawn with --seed")
     flag("--seed", type=int, default=0, help="of the subset and of a plain run's shuffling; private noise has no seed")
@@ -54,7 +55,7 @@ def convert(model: nn.Module, args: argparse.Namespace, head: str, sample: Any) 
     """
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    biases: Any = "all" if args.method == "bitfit" else ()
+    biases: Any = args.biases if args.method == "bitfit" else ()
     dpk.convert_model(model, biases=biases, train_modules=(head,), sample_batch=sample, memory=args.memory)
     print(dpk.conversion_report(model))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

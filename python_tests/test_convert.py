@@ -92,7 +92,6 @@ def test_statistics_that_cannot_be_frozen_are_refused(module: nn.Module) -> None
         ({"biases": 3}, "biases must be"),
         ({"biases": (1,)}, "biases must be"),
         ({"biases": ("",)}, "empty pattern"),
-        ({"biases": "informative"}, "not available in this version"),
         ({"train_modules": "haed"}, r"train_modules: 'haed' matches no module; near it: head"),
         ({"memory": "some"}, "memory must be"),
         ({"backend": "cuda"}, "backend must be one of auto, reference, native, triton"),

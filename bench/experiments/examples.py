@@ -46,6 +46,7 @@ RUNS: dict[str, dict[str, str]] = {
             for seed in range(3)
             for memory in ("exact", "compact")
         },
+        **{f"10k_informative_{seed}": f"{SMALL} --biases informative --seed {seed}" for seed in range(3)},
     },
     "cifar10": {
         "bitfit_eps8": CIFAR_PRIVATE,

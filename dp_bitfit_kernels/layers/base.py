@@ -6,8 +6,9 @@ A layer is converted by giving the instance a subclass of its own class, so para
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ from ..arrangement import PLAIN, Arrangement
 from ..functional import BiasGradFunction, apply
 
 # Everything that a conversion or an engine sets on an instance; removed by restore_layer. Copies and pickles take the
-# first four along.
+# first five along.
 STATE = (
-    *("trained", "backend", "layer_name", "memory"),
+    *("trained", "backend", "layer_name", "memory", "still"),
     *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before", "arrangement", "leaves", "calls"),
 )
-_KEPT = STATE[:4]
+_KEPT = STATE[:5]
 NAMES = frozenset(STATE)
 
 
@@ -35,12 +36,14 @@ class ConvertedLayer(nn.Module):
         backend: which backend serves its ops.
         layer_name: the module's name in the model, for messages.
         memory: "exact", "compact" or "off": what is kept for backward.
+        still: name of a trained parameter -> (start, stop), elements of it that a release leaves as they are.
     """
 
     trained: frozenset[str] = frozenset()
     backend: str = "auto"
     layer_name: str = ""
     memory: str = "off"
+    still: Mapping[str, tuple[int, int]] = MappingProxyType({})
     converted_from: type[nn.Module]
     mixin: type[ConvertedLayer]
     keeps_little = False  # whether the lean form keeps next to nothing, rather than one tensor
