@@ -328,3 +328,28 @@ def test_copies_and_pickles() -> None:
         torch.testing.assert_close(twin(x), model(x), rtol=0.0, atol=0.0)
         assert dpk.check_model(twin, x, loss).worst < 1e-5
         assert type(dpk.restore_model(twin).inner) is nn.LSTM
+
+
+def test_packed_sequences_inside_a_module() -> None:
+    """The module that packs is run one sample at a time: what it packs holds the samples in no way that is known."""
+
+    class Packing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.LSTM(WIDTH, 4, batch_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.inner(packed)[1][0].transpose(0, 1)
+
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, *TOKENS), "lengths": torch.tensor([5, 2, 3, 1])}
+
+    def of(model: nn.Module, b: dict[str, Tensor]) -> Tensor:
+        return model(**b).square().mean((1, 2)).sin().mean()
+
+    with pytest.raises(BatchLayoutError, match="'inner'"):
+        dpk.check_model(dpk.convert_model(Packing()), batch, of)
+    model = dpk.convert_model(Packing(), sample_batch=batch)
+    assert dpk.conversion_report(model).one_by_one == {"": "Packing"}
+    assert dpk.check_model(model, batch, of).worst < 1e-5
