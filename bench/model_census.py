@@ -102,7 +102,7 @@ def dynamic(kind: Any) -> dict[str, Any]:
             with torch.no_grad():
                 value = loss(model, batch)
         except Exception as error:  # noqa: BLE001  as above
-            why = f"{type(error).__name__}: {error}"[:200]
+            why = why or f"{type(error).__name__}: {error}"[:200]  # of the likeliest inputs
             continue
         if bool(value.isfinite()) and float(value) != 0.0:
             return checked(model, batch)

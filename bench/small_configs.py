@@ -31,35 +31,47 @@ _IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"
 
 def shrink(config: Any) -> Any:
     """The configuration, with its sizes made small in place."""
+    sections = "mrope_section" in str(_get(config, "rope_parameters")) + str(_get(config, "rope_scaling"))
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             shrink(value)
         elif isinstance(value, bool) or not isinstance(value, int | list | tuple):
             continue
         elif isinstance(value, int):
-            small = _small(name)
+            small = None if sections and name == "head_dim" else _small(name)
             if small is not None and value > small:
                 _set(config, name, small)
             elif name.endswith(("_token_index", "_id")) and value >= WORDS:
                 _set(config, name, WORDS - 1 - len(name) % 7)
     for name in _IDS:
-        value = getattr(config, name, None)
+        value = _get(config, name)
         if isinstance(value, int) and value >= WORDS:
             _set(config, name, _IDS.index(name) % WORDS)
-    layers = getattr(config, "num_hidden_layers", None)
-    kinds = getattr(config, "layer_types", None)
+    layers, kinds = _get(config, "num_hidden_layers"), _get(config, "layer_types")
     if isinstance(kinds, list) and isinstance(layers, int) and len(kinds) > layers:
         _set(config, "layer_types", kinds[:layers])
-    if getattr(config, "use_cache", None):
+    if _get(config, "use_cache"):
         _set(config, "use_cache", False)
-    if getattr(config, "pad_token_id", 0) is None:
-        _set(config, "pad_token_id", 0)
-    if isinstance(getattr(config, "num_heads", None), list | tuple) and hasattr(config, "embed_dim"):
+    for name, usual in (("pad_token_id", 0), ("vocab_size", WORDS)):
+        if name in vars(config) and _get(config, name) is None:
+            _set(config, name, usual)
+    if isinstance(_get(config, "num_heads"), list | tuple) and isinstance(_get(config, "embed_dim"), int):
         _set(config, "embed_dim", 24)  # stages of 3, 6, 12, 24 heads
-    expand, width, head = (getattr(config, name, None) for name in ("expand", "hidden_size", "head_dim"))
-    if isinstance(expand, int) and width and head and hasattr(config, "num_heads"):
+    expand, width, head = (_get(config, name) for name in ("expand", "hidden_size", "head_dim"))
+    if isinstance(expand, int) and width and head and _get(config, "num_heads"):
         _set(config, "num_heads", expand * width // head)
+    if _get(config, "kv_lora_rank"):  # every head has keys of its own
+        _set(config, "num_key_value_heads", _get(config, "num_attention_heads"))
+    if _get(config, "rotary_dim"):
+        _set(config, "rotary_dim", min(8, _get(config, "rotary_dim")))
     return config
+
+
+def _get(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except (ValueError, RuntimeError, AttributeError):  # an attribute that differs from layer to layer
+        return None
 
 
 def _small(name: str) -> int | None:
@@ -79,7 +91,7 @@ def _set(config: Any, name: str, value: Any) -> None:
 def _find(config: Any, name: str, usual: Any) -> Any:
     """An attribute of the configuration or of one inside it."""
     for part in (config, *(v for v in vars(config).values() if hasattr(v, "model_type"))):
-        value = getattr(part, name, None)
+        value = _get(part, name)
         if value is not None:
             return value
     return usual
@@ -108,7 +120,7 @@ def inputs_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         "pixel_values": [noise(channels, s, s) for s in dict.fromkeys((side, 32, 64, 224))]
         + [noise(4, channels, side, side)],
         "input_features": [noise(bins, 128), noise(128, bins), noise(bins, 40)],
-        "input_values": [noise(400), noise(1600), noise(1, 400), noise(64, bins)],
+        "input_values": [noise(400), noise(1600), noise(1, 400), noise(int(_find(config, "max_length", 64)), bins)],
         "inputs_embeds": [noise(TOKENS, 32)],
         "audio_values": [noise(1, 400)],
         "past_values": [noise(64, 7), noise(64)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -95,6 +96,8 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Slot]]:
 
 
 def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool) -> str:
+    if _is_global(module):
+        return "one object of transformers that all models share"
     if functional:
         return "its parameters are used by the MultiheadAttention around it, which never calls it"
     if nn.utils.parametrize.is_parametrized(module) and (
@@ -110,6 +113,12 @@ def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool
         if layers.base.kind_of_class(base) is not None:
             return f"a subclass of {base.__name__} with its own forward"
     return "no per-sample gradient is known for this class"
+
+
+def _is_global(module: nn.Module) -> bool:
+    """transformers.activations holds modules (``gelu``, ...) that models of every kind take as they are."""
+    activations = sys.modules.get("transformers.activations")
+    return activations is not None and any(held is module for held in vars(activations).values())
 
 
 def own_names(module: nn.Module) -> set[str]:

@@ -231,3 +231,12 @@ def test_nothing_of_the_image_example_is_lossy(monkeypatch: pytest.MonkeyPatch) 
         gradients(dpk.convert_model(copy.deepcopy(base), memory=memory), x) for memory in ("exact", "compact")
     )
     assert torch.equal(y, exact_y) and all(torch.equal(compact[name], exact[name]) for name in exact)
+
+
+def test_an_activation_that_all_models_share_is_left_alone() -> None:
+    from transformers import activations
+
+    shared = nn.Sequential(nn.Linear(3, 3), activations.gelu)
+    for model in (shared, nn.Sequential(nn.Linear(3, 3), activations.gelu)):
+        dpk.convert_model(model)
+    assert type(activations.gelu).__module__ == "transformers.activations"
