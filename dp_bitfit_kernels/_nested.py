@@ -51,6 +51,20 @@ def _mapping(value: Mapping[Any, Any], change: Callable[[Tensor], Tensor]) -> An
     return type(value)({k: map_tensors(v, change) for k, v in value.items()})  # type: ignore[call-arg]
 
 
+def form(value: Any) -> tuple[Any, ...]:
+    """What stays the same of a call when the batch or the lengths change: where its tensors are, and of how many
+    dimensions; which of the rest is None."""
+    if isinstance(value, Tensor):
+        return (value.dim(),)
+    if isinstance(value, Mapping):
+        return tuple((str(key), form(item)) for key, item in value.items())
+    if isinstance(value, tuple | list):
+        return tuple(form(item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple((f.name, form(getattr(value, f.name))) for f in dataclasses.fields(value))
+    return (value is None,)
+
+
 def strangers(value: Any) -> Iterator[str]:
     """Class names of what is neither a tensor, nor a plain value, nor a container of these: it may hold tensors."""
     if isinstance(value, Mapping):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._nested import strangers, tensors_in
+from ._nested import form, strangers, tensors_in
 from ._validate import BatchLayoutError
 from .arrangement import MAJOR, PLAIN, Arrangement, by_sample, candidates
 from .layers import BiasLayer
@@ -164,11 +164,12 @@ class Called:
     inputs: list[_Cut]
     outputs: list[_Cut]
     strange: list[str]  # what it was given, or gave, that cannot be cut
+    form: tuple[Any, ...]
 
     @staticmethod
     def of(layer: OneByOneLayer, given: Any, output: Any, samples: int) -> Called:
         inputs, outputs = ([_Cut.of(t, samples) for t in tensors_in(value)] for value in (given, output))
-        return Called(layer, inputs, outputs, [*strangers(given), *strangers(output)])
+        return Called(layer, inputs, outputs, [*strangers(given), *strangers(output)], form(given))
 
 
 @dataclasses.dataclass
@@ -195,7 +196,7 @@ def calls(pairs: list[Pair], fewer: Sequence[Called], batch: int) -> dict[OneByO
     Raises:
         BatchLayoutError: naming a layer whose tensors hold the samples in no way that is known.
     """
-    found: dict[OneByOneLayer, dict[int, Call]] = {}
+    found: dict[OneByOneLayer, dict[tuple[Any, ...], Call]] = {}
     slices = [kept for _, _, kept in pairs]
     for small, own in zip(fewer, _side_by_side(pairs), strict=False):
         layer = small.layer
@@ -214,8 +215,8 @@ def calls(pairs: list[Pair], fewer: Sequence[Called], batch: int) -> dict[OneByO
                 raise _not_held(layer, cuts[0].shape, batch)
             outputs.append(axis)
         known = found.setdefault(layer, {})
-        call = Call(inputs, tuple(outputs))
-        if known.setdefault(len(inputs), call) != call:
+        call = Call(small.form, inputs, tuple(outputs))
+        if known.setdefault(call.form, call) != call:
             raise BatchLayoutError(
                 f"layer {layer.layer_name!r} is run one sample at a time, and is called with samples in different "
                 "dimensions of its tensors",

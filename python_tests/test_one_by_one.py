@@ -353,3 +353,37 @@ def test_packed_sequences_inside_a_module() -> None:
     model = dpk.convert_model(Packing(), sample_batch=batch)
     assert dpk.conversion_report(model).one_by_one == {"": "Packing"}
     assert dpk.check_model(model, batch, of).worst < 1e-5
+
+
+def test_a_call_of_another_form_is_refused() -> None:
+    """A tensor that one call shares between samples may hold the samples in another: nothing is guessed."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_bias = nn.Parameter(torch.randn(WIDTH))
+
+        def forward(self, x: Tensor, shared: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+            y = x + self.q_bias
+            return torch.tanh(y * (shared if shared is not None else own))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.later = Mixed(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.later:
+                return self.inner(x, own=x)
+            return self.inner(x, shared=torch.ones(1, 1, WIDTH))
+
+    from attach import attach
+
+    torch.manual_seed(0)
+    model, x = dpk.convert_model(Outer()), torch.randn(4, *TOKENS)
+    _, model, optimizer, _ = attach(model, x, poisson_sampling=False)
+    loss(model, x).backward()
+    assert optimizer.step()
+    model.later = True
+    with pytest.raises(BatchLayoutError, match="in this way"):
+        loss(model, x)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._nested import map_tensors, strangers, tensors_in
+from .._nested import form, map_tensors, strangers, tensors_in
 from .._validate import BatchLayoutError
 from ..functional import SpreadFunction, apply
 from .base import BiasLayer, LayerKind
@@ -26,9 +26,11 @@ from .standing_in import Places, standing_in
 class Call:
     """Where the tensors of one way of calling a module hold the samples, sample-major.
 
+    form: what tells it from other ways.
     inputs: of each tensor the dimension; None: shared by all samples.
     """
 
+    form: tuple[Any, ...]
     inputs: tuple[int | None, ...]
     outputs: tuple[int, ...]
 
@@ -88,12 +90,13 @@ class OneByOneLayer(BiasLayer):
                 f"layer {self.layer_name!r} is run one sample at a time, but is given a {what}, which cannot be cut "
                 "into samples (a cache? call the model with use_cache=False)"
             )
+        asked = form(arguments)
         for call in self.calls:
-            if len(call.inputs) == len(given):
+            if call.form == asked:
                 return call
         raise BatchLayoutError(
             f"layer {self.layer_name!r} is run one sample at a time, and the proof of the layout has not seen it "
-            f"called with {len(given)} tensors: which of them hold samples is not known. {UNPROVEN}"
+            f"called in this way, with {len(given)} tensors: which of them hold samples is not known. {UNPROVEN}"
         )
 
     def by_sample(self, tensor: Tensor, axis: int | None, batch: int) -> Sequence[Tensor]:

@@ -89,7 +89,7 @@ def _is_added(module: nn.Module, bias: Tensor, x: Tensor, dim: int, generator: t
         with standing_in([([(module, "bias")], value)]):
             return module(x)
 
-    with torch.no_grad(), torch.random.fork_rng(), _put_back(module):
+    with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())), _put_back(module):
         for mode in (False, True):
             module.train(mode)
             try:
