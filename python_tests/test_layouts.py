@@ -130,6 +130,25 @@ def test_a_table_whose_size_fits_is_no_batch() -> None:
     assert dpk.check_model(around, x, loss).worst < 1e-6
 
 
+def test_a_layer_chosen_by_a_batch_mate_is_refused() -> None:
+    class Chosen(nn.Module):
+        """Two layers of the same values: no output tells which of them ran."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(WIDTH, 3)
+            self.other = nn.Linear(WIDTH, 3)
+            self.other.load_state_dict(self.one.state_dict())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.one if bool(x[-1, 0] > 0) else self.other)(x)
+
+    x = torch.randn(4, WIDTH)
+    x[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    with pytest.raises(BatchLayoutError, match="called or not by what the samples hold"):
+        dpk.check_model(dpk.convert_model(Chosen()), x, loss)
+
+
 def test_the_shape_alone_proves_nothing() -> None:
     # All samples alike, so that nothing can be told apart: only plain rows are taken.
     model, x = converted("windows")

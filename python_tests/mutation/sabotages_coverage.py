@@ -41,7 +41,7 @@ COVERAGE = (
         "evidence.py",
         "        if len(layers) > 1:\n",
         "        if False:\n",
-        (f"{ALONE}::test_rows_are_those_of_the_samples[routed linears]",),
+        (f"{LAYOUTS}::test_a_layer_chosen_by_a_batch_mate_is_refused",),
     ),
     Sabotage(
         "all samples share the first one's copy",
