@@ -106,7 +106,7 @@ def dynamic(kind: Any) -> dict[str, Any]:
             continue
         if bool(value.isfinite()) and float(value) != 0.0:
             return checked(model, batch)
-    return {"status": "not run", "why": why}
+    return {"status": "not run", "why": why or "no inputs are known for it, or its outputs are all zero"}
 
 
 def checked(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:

@@ -153,6 +153,11 @@ class _Trial:
         value = self.user_loss(model, batch)
         if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
             raise EngineError("loss must return a scalar tensor, the mean or sum over the samples")
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise EngineError(
+                "no trained parameter leads to this loss: it is computed under no_grad, from what no gradient passes "
+                "(an index, an argmax), or from parts of the model without a trained parameter"
+            )
         return value
 
     def engine_rows(self, batch: Any) -> Tensor:

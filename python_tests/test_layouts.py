@@ -315,6 +315,8 @@ class TestCheckModel:
             dpk.check_model(model, torch.randn(4, WIDTH))
         with pytest.raises(EngineError, match="scalar"):
             dpk.check_model(model, torch.randn(4, WIDTH), lambda m, x: m(x))
+        with pytest.raises(EngineError, match="no trained parameter leads to this loss"):
+            dpk.check_model(model, torch.randn(4, WIDTH), lambda m, x: m(x).detach().mean())
         with pytest.raises(EngineError, match="loss_reduction"):
             dpk.check_model(model, torch.randn(4, WIDTH), loss, loss_reduction="max")
         with pytest.raises(dpk.UnsupportedModuleError, match="convert_model"):
