@@ -127,6 +127,7 @@ def inputs_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         "hidden_states": [noise(TOKENS, 32)],
     }
     main = getattr(model, "main_input_name", "input_ids")
+    main = main if isinstance(main, str) else main[0]
     second = "decoder_input_ids" if "decoder_input_ids" in known else None
     for first in dict.fromkeys((main, "pixel_values", "input_ids", "input_features", "input_values")):
         if first not in known or first not in made:

@@ -20,7 +20,9 @@ from .clipping import resolve
 from .ledger import Entry, Ledger, find_entries
 
 Loss = Callable[[nn.Module, Any], Tensor]
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}  # others: 3e-2
+# Of gradients, whose sums over many positions may cancel, and of losses; of other dtypes 3e-2.
+TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3}  # rows are float32 throughout
+LOSS_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 PER_SAMPLE = "take the loss of each sample (reduction='none', averaged over its own tokens), then their mean"
 
 
@@ -78,7 +80,7 @@ def check_model(
         sample_batch: what ``loss`` takes: tensors, or nested containers of tensors, whose leading dimension is B >= 2.
         loss: (model, batch) -> scalar, as in the training loop. None: ``model(**batch).loss``, or of ``model(*batch)``.
         loss_reduction: how the loss reduces over the samples, "mean" or "sum".
-        tolerance: largest difference allowed, as a part of the norm of a sample's gradient; None: 1e-4 in float32.
+        tolerance: largest difference allowed, as a part of the norm of a sample's gradient; None: 1e-3 in float32.
 
     Raises:
         BatchLayoutError: naming the parameter or module, the size of the fault, and how to mend it.
@@ -104,7 +106,7 @@ def check_model(
         if not errors[name] <= allowed:
             raise BatchLayoutError(trial.fault(name, errors[name], rows, singles))
         padding = trial.padding(sample_batch, singles)
-    if padding is not None and not padding <= 10 * allowed:
+    if padding is not None and not padding <= allowed:
         raise BatchLayoutError(
             f"padding matters: cut to its own length, a sample's gradient differs by {padding:.1e} of its norm. Its "
             "row would depend on how long its batch-mates are: pass the attention_mask on, and pool and average over a "
@@ -196,7 +198,7 @@ class _Trial:
     def require_sum(self, whole: Tensor, singles: list[Tensor]) -> None:
         values = torch.stack(singles).double()
         expected = values.mean() if self.mean else values.sum()
-        room = TOLERANCES.get(whole.dtype, 3e-2) * max(float(values.abs().max()), float(whole.abs()))
+        room = LOSS_TOLERANCES.get(whole.dtype, 3e-2) * max(float(values.abs().max()), float(whole.abs()))
         difference = float((whole.double() - expected).abs())
         if not difference <= room:
             how = "mean" if self.mean else "sum"
@@ -221,12 +223,12 @@ class _Trial:
         mine, own = rows[:, entry.start : entry.stop], singles[:, entry.start : entry.stop]
         total = float((mine.sum(0) - own.sum(0)).norm() / own.sum(0).norm().clamp_min(1e-30))
         layer = entry.layers[0][0].layer_name
-        if not bool(mine.any()):
+        if not bool(mine.any()) and bool(own.any()):
             why = (
                 f"layer {layer!r} gave none: a module around it reads its parameter without calling it. Convert with "
                 "sample_batch=, which finds that"
             )
-        elif total < 1e-3:
+        elif total < 0.1 * error:
             why = (
                 f"their sum over the batch is right, so the rows of layer {layer!r} are put to the wrong samples: "
                 "leave the parameter frozen, or convert with sample_batch="

@@ -95,7 +95,7 @@ COVERAGE = (
     Sabotage(
         "check_model does not ask about padding",
         "check.py",
-        "    if padding is not None and not padding <= 10 * allowed:\n",
+        "    if padding is not None and not padding <= allowed:\n",
         "    if False:\n",
         (f"{CHECK}::test_padding_that_matters_is_refused",),
     ),
