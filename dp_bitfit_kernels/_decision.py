@@ -212,5 +212,5 @@ def _itemised(items: list[tuple[str, str]]) -> str:
 def _nothing_to_train(tensors: list[Slot], reasons: dict[int, str]) -> str:
     counts = collections.Counter(reasons.values())
     listed = "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    hint = "name a head in train_modules, or widen biases"
+    hint = "name a head in train_modules, widen biases, or give layers some with add_missing_biases=True"
     return f"nothing to train among {len(tensors)} parameters ({listed or 'the model has none'}): {hint}"

@@ -53,7 +53,7 @@ def _mapping(value: Mapping[Any, Any], change: Callable[[Tensor], Tensor]) -> An
 
 def form(value: Any) -> tuple[Any, ...]:
     """What stays the same of a call when the batch or the lengths change: where its tensors are, and of how many
-    dimensions; which of the rest is None."""
+    dimensions; of the rest, what is None, and flags and words."""
     if isinstance(value, Tensor):
         return (value.dim(),)
     if isinstance(value, Mapping):
@@ -62,7 +62,7 @@ def form(value: Any) -> tuple[Any, ...]:
         return tuple(form(item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple((f.name, form(getattr(value, f.name))) for f in dataclasses.fields(value))
-    return (value is None,)
+    return (value,) if isinstance(value, bool | str) else (value is None,)
 
 
 def strangers(value: Any) -> Iterator[str]:

@@ -114,9 +114,9 @@ class ModuleRule:
 
 
 def bias_rule(biases: str | Sequence[str]) -> BiasRule:
-    if biases == "informative":
+    if biases in ("informative", ["informative"], ("informative",)):
         return BiasRule((), (), everything=True, informative=True)
-    if biases == "all":
+    if biases in ("all", ["all"], ("all",)):
         return BiasRule((), (), everything=True)
     patterns = _patterns("biases", biases)
     include = tuple(pattern for pattern in patterns if not pattern.startswith("!"))

@@ -79,7 +79,8 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Slot]]:
     for module_name, module in model.named_modules(remove_duplicate=False):
         if id(module) not in sites:
             kind = layers.lookup(module)
-            if kind is None and not layers.is_converted(module) and "forward" not in module.__dict__:
+            own = not isinstance(module, (layers.ConvertedLayer, torch.jit.ScriptModule))
+            if kind is None and own and "forward" not in module.__dict__:
                 kind = own_forward.find(module)
             used = id(module) in functional
             sites[id(module)] = Site(module, [], kind, _obstacle(module, kind, used), used)
@@ -123,7 +124,8 @@ def _is_global(module: nn.Module) -> bool:
 
 def own_names(module: nn.Module) -> set[str]:
     """Names of everything that is set on the instance."""
-    return {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    parts = (module._parameters, module._buffers, module._modules)
+    return {*vars(module), *(name for part in parts for name in part.keys())}  # noqa: SIM118  a scripted module's is no dict
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,7 @@ def check_model(
         raise EngineError(f"sample_batch has {batch} sample(s): at least 2 are needed to see whether they mix")
     trial = _Trial(model, entries, loss or _own_loss, loss_reduction == "mean", batch)
     allowed = TOLERANCES.get(entries[0].parameter.dtype, 3e-2) if tolerance is None else tolerance
-    with _gradients_kept(model), undisturbed(model):
+    with _gradients_kept(model), undisturbed(model), layout.python_generators_kept():
         rows = trial.engine_rows(sample_batch)
         model.eval()
         whole = trial.loss(model, sample_batch).detach()

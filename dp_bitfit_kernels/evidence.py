@@ -71,7 +71,7 @@ class Seen:
 Pair = tuple[Sequence[Any], Sequence[Any], slice]  # two runs' calls, and the rows that hold the samples in both
 
 
-def arrangements(pairs: list[Pair], batch: int, shapes: list[tuple[int, ...]]) -> dict[BiasLayer, Arrangement]:
+def arrangements(pairs: Sequence[Pair], batch: int, shapes: list[tuple[int, ...]]) -> dict[BiasLayer, Arrangement]:
     """The arrangement of every layer called.
 
     Args:
@@ -117,7 +117,7 @@ def arrangements(pairs: list[Pair], batch: int, shapes: list[tuple[int, ...]]) -
     return found
 
 
-def _side_by_side(pairs: list[Pair]) -> list[tuple[tuple[Any, Any], ...]]:
+def _side_by_side(pairs: Sequence[Pair]) -> list[tuple[tuple[Any, Any], ...]]:
     """Call by call, what each run of each pair showed.
 
     Raises:
@@ -137,7 +137,7 @@ def _side_by_side(pairs: list[Pair]) -> list[tuple[tuple[Any, Any], ...]]:
     return list(zip(*paired, strict=True))
 
 
-def _held(way: tuple[str, int], own: Sequence[tuple[Seen, Seen]], pairs: list[Pair]) -> bool:
+def _held(way: tuple[str, int], own: Sequence[tuple[Seen, Seen]], pairs: Sequence[Pair]) -> bool:
     digests = [(a.digests[way], b.digests[way], kept) for (a, b), (_, _, kept) in zip(own, pairs, strict=True)]
     if not all(same(a[kept], b[kept], TOLERANCE) for a, b, kept in digests):
         return False
@@ -154,6 +154,62 @@ def _joined(before: Arrangement | None, way: tuple[str, int], shapes: list[tuple
     folds = frozenset({k}) | (before.folds if before is not None else frozenset())
     follows = frozenset(places) | (before.follows if before is not None else frozenset())
     return before if before is PLAIN and k == 1 else Arrangement(kind, folds, follows)
+
+
+@dataclasses.dataclass
+class Watch:
+    """What a layer that is run one sample at a time must leave as it is, beside its output."""
+
+    given: list[int]  # ids of the tensors in its arguments
+    held: dict[tuple[int, str], int]  # (id of a module, attribute) -> id of the tensor
+
+    @staticmethod
+    def of(layer: OneByOneLayer, arguments: Any) -> Watch:
+        held = {
+            (id(module), name): id(value)
+            for module in layer.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
+        return Watch([id(tensor) for tensor in tensors_in(arguments)], held)
+
+    def check(self, layer: OneByOneLayer, arguments: Any) -> None:
+        now = Watch.of(layer, arguments)
+        if now != self:
+            what = "writes into its arguments" if now.given != self.given else "keeps tensors as attributes"
+            raise BatchLayoutError(
+                f"layer {layer.layer_name!r} is run one sample at a time, but {what}, where others may look for the "
+                f"whole batch. {_INSTEAD}",
+                [layer],
+            )
+
+
+def require_same_in_slices(layer: OneByOneLayer, known: tuple[Call, ...], args: Any, kwargs: Any, batch: int) -> None:
+    """The layer gives for the batch what it gives for its samples, in evaluation mode.
+
+    Raises:
+        BatchLayoutError: naming it.
+    """
+    modes = [(module, module.training) for module in layer.modules()]
+    given, own = list(tensors_in((args, kwargs))), form((args, kwargs))
+    call = next(call for call in known if call.form == own)
+    try:
+        layer.eval()
+        whole = list(tensors_in(layer.whole(*args, **kwargs)))
+        parts = list(tensors_in(layer.sliced(call, given, args, kwargs, batch, {})))
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        raise BatchLayoutError(
+            f"layer {layer.layer_name!r} cannot be run one sample at a time: {error}. {_INSTEAD}", [layer]
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if len(whole) != len(parts) or not all(same(a, b, 1e-3) for a, b in zip(whole, parts, strict=True)):
+        raise BatchLayoutError(
+            f"layer {layer.layer_name!r} gives other outputs when it is run one sample at a time: it mixes samples, or "
+            f"knows of them by other means than its tensors. {_INSTEAD}",
+            [layer],
+        )
 
 
 @dataclasses.dataclass
@@ -186,12 +242,21 @@ class _Cut:
         return _Cut(tuple(whole.shape), cuts, _digest(whole.reshape(1, -1)))
 
 
-def calls(pairs: list[Pair], fewer: Sequence[Called], batch: int) -> dict[OneByOneLayer, tuple[Call, ...]]:
+def _fold(cut: _Cut, axis: int | None, batch: int, shapes: list[tuple[int, ...]]) -> Arrangement:
+    found = _joined(None, (MAJOR, 1 if axis is None else cut.shape[axis] // batch), shapes)
+    assert found is not None
+    return found
+
+
+def calls(
+    pairs: Sequence[Pair], fewer: Sequence[Called], batch: int, shapes: list[tuple[int, ...]]
+) -> dict[OneByOneLayer, tuple[Call, ...]]:
     """The ways in which every layer that is run one sample at a time is called.
 
     Args:
         pairs: of ``Called`` on B + 1 samples.
         fewer: the same calls on B samples.
+        shapes: of the tensors that the model was given.
 
     Raises:
         BatchLayoutError: naming a layer whose tensors hold the samples in no way that is known.
@@ -215,7 +280,11 @@ def calls(pairs: list[Pair], fewer: Sequence[Called], batch: int) -> dict[OneByO
                 raise _not_held(layer, cuts[0].shape, batch)
             outputs.append(axis)
         known = found.setdefault(layer, {})
-        call = Call(small.form, inputs, tuple(outputs))
+        folds = (
+            tuple(_fold(cut, axis, batch, shapes) for cut, axis in zip(cuts, axes, strict=True))
+            for cuts, axes in ((small.inputs, inputs), (small.outputs, outputs))
+        )
+        call = Call(small.form, inputs, tuple(outputs), *folds)
         if known.setdefault(call.form, call) != call:
             raise BatchLayoutError(
                 f"layer {layer.layer_name!r} is run one sample at a time, and is called with samples in different "

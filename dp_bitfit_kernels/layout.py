@@ -26,6 +26,7 @@ from ._validate import BatchLayoutError
 from .arrangement import PLAIN, Arrangement
 from .layers import BiasLayer
 from .layers.one_by_one import Call, OneByOneLayer
+from .layers.own_forward import OwnForwardLayer
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -69,6 +70,7 @@ class Proof:
     complete: bool
     arrangements: dict[BiasLayer, Arrangement]
     calls: dict[OneByOneLayer, tuple[Call, ...]]
+    tried: list[OwnForwardLayer]
 
     def unlike_before(self) -> list[str]:
         """Names of layers that were taken for arranged in another way than is proven, or were not known."""
@@ -84,6 +86,8 @@ class Proof:
                 layer.__dict__["arrangement"] = arrangement
         for alone, calls in self.calls.items():
             alone.__dict__["calls"] = calls
+        for own in self.tried:
+            own.__dict__["tried"] = True
 
 
 def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[BiasLayer]) -> Proof:
@@ -102,21 +106,25 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
     """
     trial = _Trial(model, args, kwargs, batch, layers)
     other = _another_row(args, kwargs, batch)
-    added = (0,) if other is None else (0, other)
+    added = (0,) if other is None else (0, other, _MIXED) if other >= 0 else (0, other)
     samples = range(batch)
     alone = any(isinstance(layer, OneByOneLayer) for layer in layers)
     try:
-        behind = [trial.run([*samples, row]) for row in added]
-        ahead = [trial.run([row, *samples]) for row in added] if other is not None else []
+        behind = [trial.run([*samples, row], first=not n) for n, row in enumerate(added)]
+        ahead = [trial.run([row, *samples]) for row in added[:2]] if other is not None else []
         same = trial.run([*samples]) if alone else None
     except _FAILURES as error:
         raise BatchLayoutError(
             f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} ({error})"
         ) from error
-    pairs = [(behind[0], behind[-1], slice(0, batch)), *((a, ahead[-1], slice(1, batch + 1)) for a in ahead[:1])]
+    pairs = [(behind[0], last, slice(0, batch)) for last in behind[1:] or behind]
+    pairs += [(a, ahead[-1], slice(1, batch + 1)) for a in ahead[:1]]
     shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
     arrangements = evidence.arrangements([(a.seen, b.seen, kept) for a, b, kept in pairs], batch, shapes)
-    calls = evidence.calls([(a.called, b.called, kept) for a, b, kept in pairs], same.called if same else [], batch)
+    called: list[evidence.Pair] = [(a.called, b.called, kept) for a, b, kept in pairs]
+    calls = evidence.calls(called, same.called if same else [], batch, shapes)
+    if calls:
+        trial.run([*samples], calls=calls)
     for first, last, kept in pairs:
         _require_apart(list(tensors_in(first.output)), list(tensors_in(last.output)), kept, batch)
         for name, value in first.buffers.items():
@@ -127,7 +135,8 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
                 )
     if other is not None and other >= 0 and loss_in(behind[0].output) is not None:
         _require_loss_of_samples(trial)
-    return Proof(other is not None, arrangements, calls)
+    tried = [layer for layer in arrangements if isinstance(layer, OwnForwardLayer)]
+    return Proof(other is not None, arrangements, calls, tried)
 
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
@@ -144,7 +153,7 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _python_generators_kept() -> Iterator[None]:
+def python_generators_kept() -> Iterator[None]:
     """Python's and NumPy's generators, too: stochastic depth and layer drop use them in some models."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the one that models use
     try:
@@ -164,24 +173,49 @@ class _Trial:
     batch: int
     layers: list[BiasLayer]
 
-    def run(self, rows: list[int]) -> _Run:
-        """One run on these rows of the inputs."""
-        run = _Run(None, [], [], {})
+    def run(
+        self, rows: list[int], first: bool = False, calls: dict[OneByOneLayer, tuple[Call, ...]] | None = None
+    ) -> _Run:
+        """One run on these rows of the inputs.
 
-        def look(layer: Any, _inputs: Any, output: Any) -> None:
+        first: layers with a forward of their own are tried in it. calls: layers run one sample at a time are compared
+        with themselves.
+        """
+        run = _Run(None, [], [], {})
+        watches: dict[OneByOneLayer, evidence.Watch] = {}
+
+        def look(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+            if first and isinstance(layer, OwnForwardLayer) and not layer.adds_its_bias_last(args, kwargs):
+                raise BatchLayoutError(
+                    f"layer {layer.layer_name!r} has a forward of its own, and in this model its bias is not what it "
+                    "adds last. Leave it frozen, or convert the model with sample_batch=, which runs the module around "
+                    "it one sample at a time",
+                    [layer],
+                )
             output = output[0] if isinstance(output, tuple) else output
             if isinstance(output, Tensor):
                 run.seen.append(evidence.Seen.of(layer, output, len(rows)))
 
+        def look_before(layer: Any, args: Any, kwargs: Any) -> None:
+            watches[layer] = evidence.Watch.of(layer, (args, kwargs))
+
         def look_around(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+            watches.pop(layer).check(layer, (args, kwargs))
+            if calls is not None and layer.mixin is OneByOneLayer:
+                evidence.require_same_in_slices(layer, calls[layer], args, kwargs, len(rows))
             run.called.append(evidence.Called.of(layer, (args, kwargs), output, len(rows)))
 
         handles = [
             layer.register_forward_hook(look_around, with_kwargs=True)
             if isinstance(layer, OneByOneLayer)
-            else layer.register_forward_hook(look)
+            else layer.register_forward_hook(look, with_kwargs=True)
             for layer in self.layers
             if layer.trained
+        ]
+        handles += [
+            layer.register_forward_pre_hook(look_before, with_kwargs=True)
+            for layer in self.layers
+            if layer.trained and isinstance(layer, OneByOneLayer)
         ]
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         owned = [
@@ -191,7 +225,7 @@ class _Trial:
             if buffer is not None
         ]
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices), _python_generators_kept():
+            with torch.no_grad(), torch.random.fork_rng(devices=devices), python_generators_kept():
                 chosen = map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
                 run.output = self.model(*chosen[0], **chosen[1])
             for module, name, own, _, _ in owned:
@@ -248,7 +282,16 @@ def _take(tensor: Tensor, batch: int, rows: list[int]) -> Tensor:
     taken = tensor[torch.tensor([max(row, 0) for row in rows], device=tensor.device)]
     if -1 in rows:
         taken[rows.index(-1)] = _changed(tensor[0])
+    if _MIXED in rows:
+        unlike = (tensor != tensor[:1]).flatten(1).any(1) if tensor.dim() > 1 else tensor != tensor[0]
+        # The last that differs: the other added row is the first.
+        taken[rows.index(_MIXED)] = (
+            tensor[batch - 1 - int(unlike.flip(0).int().argmax())] if unlike.any() else tensor[0]
+        )
     return taken
+
+
+_MIXED = -2  # of each input another row than the first
 
 
 def _changed(row: Tensor) -> Tensor:

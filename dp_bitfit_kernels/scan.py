@@ -45,7 +45,7 @@ def _build(model: str) -> nn.Module:
         module, _, name = model.partition(":")
         try:
             network = getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError) as error:  # a class that wants arguments, too
             raise ConversionError(f"scan: {model!r}: {error}") from error
     else:
         network = _of_transformers(model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layout
-from ._nested import tensors_in
+from ._nested import form, tensors_in
 from ._plan import check_noise_multiplier
 from ._validate import BatchLayoutError, EngineError, OptimizerError
 from .accounting import Accountant
@@ -89,7 +89,7 @@ class Session:
         self._was_declared = False  # for the open batch
         self._forwards = 0
         self._traced: tuple[Any, Any] | None = None  # inputs of a compiled forward of the open batch
-        self._proven: set[bytes] = set()  # training flags of the modules that the layout was proven under
+        self._proven: dict[bytes, set[Any]] = {}  # training flags of the modules -> forms of calls proven under them
         self._asked = False  # whether the open batch was shown to the proof
         self._reach_checked = False
         self._warned: set[str] = set()
@@ -215,8 +215,11 @@ class Session:
         self._forwards += 1
         self.ledger.shapes = [tensor.shape for tensor in tensors_in((args, kwargs))]
         # A captured step runs what was asked before, and a capture may not wait for an answer.
-        if self.modes() not in self._proven and not self._asked and self.ledger.holder is None:
-            self._prove(args, kwargs, batch)
+        if not self._asked and self.ledger.holder is None:
+            # What batches hold may change what a model does with them: asked again, ever more rarely.
+            again = self.ledger.opened & (self.ledger.opened - 1) == 0
+            if again or form((args, kwargs)) not in self._proven.get(self.modes(), ()):
+                self._prove(args, kwargs, batch)
 
     @property
     def settled(self) -> bool:
@@ -255,7 +258,7 @@ class Session:
                 "layout is known: compile the model again (torch.compiler.reset()), or run one eager forward before"
             )
         if proof.complete:  # else the next batch is asked again
-            self._proven.add(modes)
+            self._proven.setdefault(modes, set()).add(form((args, kwargs)))
 
     def _prove_unseen(self, batch: int) -> None:
         """Ask at the step what the forward could not: the model was compiled, or only modules inside it were called."""

@@ -330,3 +330,51 @@ def test_layers_know_their_arrangement_only_from_a_proof() -> None:
     assert model.norm.arrangement.folds == {4}
     dpk.restore_model(model)
     assert "arrangement" not in model.norm.__dict__
+
+
+class SortedByLength(nn.Module):
+    """Sorts the batch by length, as encoders of packed sequences do; equal lengths stay where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # a token that starts with 0 is padding
+        order = (x[..., 0] != 0).sum(1).argsort(descending=True, stable=True)
+        h = torch.tanh(self.inner(x[order]))
+        return self.out(h[order.argsort()]).mean(1)
+
+
+def test_a_layout_that_changes_with_what_batches_hold_is_asked_again() -> None:
+    torch.manual_seed(0)
+    _, model, optimizer, _ = private(SortedByLength(), n=4, dims=(5, WIDTH), poisson_sampling=False)
+    full = torch.randn(4, 5, WIDTH)
+    loss(model, full).backward()
+    optimizer.step()
+    mixed = full.clone()
+    mixed[0, 2:, 0] = mixed[2, 4:, 0] = 0.0
+    with pytest.raises(BatchLayoutError, match="'inner'"):
+        loss(model, mixed)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_mixing_through_one_input_alone_is_seen(place: int) -> None:
+    """Divides by what the masks of the batch hold: rows 0 and 1 may agree in it."""
+
+    class ByMask(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.inner(x) / mask.sum()
+
+    torch.manual_seed(0)
+    mask = torch.ones(4, 5)
+    mask[place, 2:] = 0.0
+    batch = {"x": torch.randn(4, WIDTH), "mask": mask}
+    from attach import attach
+
+    _, model, _, _ = attach(dpk.convert_model(ByMask()), torch.randn(4, 1), poisson_sampling=False)
+    with pytest.raises(BatchLayoutError, match="changes with another"):
+        model(**batch)

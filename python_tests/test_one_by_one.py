@@ -382,8 +382,65 @@ def test_a_call_of_another_form_is_refused() -> None:
     torch.manual_seed(0)
     model, x = dpk.convert_model(Outer()), torch.randn(4, *TOKENS)
     _, model, optimizer, _ = attach(model, x, poisson_sampling=False)
-    loss(model, x).backward()
-    assert optimizer.step()
+    for _ in range(2):  # the second batch is asked again, the third is not
+        loss(model, x).backward()
+        assert optimizer.step()
     model.later = True
     with pytest.raises(BatchLayoutError, match="in this way"):
+        loss(model, x)
+
+
+class Lengths(nn.Module):
+    """Pools by lengths that are Python numbers: what a sample alone is given is the list of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        return torch.stack([(h[:n] + self.bias).tanh().mean(0) for h, n in zip(x, lengths, strict=False)])
+
+
+class IntoItsArgument(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, state: dict[str, Tensor]) -> None:
+        state["x"] = (state["x"] + self.bias).tanh()
+
+
+class Stash(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.gate = nn.Parameter(torch.randn(WIDTH)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate = torch.sigmoid(x + self.bias)
+        return x
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.mask = inner, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.inner, Lengths):
+            return self.inner(x, (1 + torch.arange(len(x)) % x.shape[1]).tolist())
+        if isinstance(self.inner, IntoItsArgument):
+            state = {"x": x}
+            self.inner(state)
+            return state["x"].mean(1)
+        return self.inner(x).mean(1) * self.inner.gate.mean(1)
+
+
+@pytest.mark.parametrize("inner", [Lengths, IntoItsArgument, Stash])
+def test_what_passes_by_other_ways_than_tensors_is_refused(inner: type[nn.Module]) -> None:
+    from attach import attach
+
+    torch.manual_seed(0)
+    x = torch.randn(4, *TOKENS)
+    _, model, _, _ = attach(dpk.convert_model(Around(inner())), x, poisson_sampling=False)
+    with pytest.raises(BatchLayoutError, match="'inner'"):
         loss(model, x)

@@ -182,3 +182,52 @@ def test_copies_and_pickles() -> None:
         assert layers.is_converted(twin[0])
         assert twin[0].trained == frozenset({"bias"})
         assert type(dpk.restore_model(twin)[0]) is LayerNorm2d
+
+
+class Masked(nn.Conv1d):
+    """Adds its bias last, but where it is given a mask."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return y if mask is None else y * mask
+
+
+class Gained(nn.Linear):
+    """A gain of one, until weights are loaded."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class WithMask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Masked(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 4, T]
+        return self.inner(x, (x[:, :1] > 0).float())
+
+
+@pytest.mark.parametrize("kind", [WithMask, lambda: nn.Sequential(Gained(6, 3))])
+def test_what_was_tried_alone_is_tried_in_the_model(kind: Callable[[], nn.Module]) -> None:
+    from attach import attach
+
+    torch.manual_seed(0)
+    model = dpk.convert_model(kind())
+    x = torch.randn(4, 4, 6)
+    if isinstance(model, nn.Sequential):
+        with torch.no_grad():
+            model[0].gain.fill_(2.0)
+    plain = dpk.restore_model(copy.deepcopy(model))
+    loss(model, x).backward()
+    loss(plain, x).backward()
+    grads = [p.grad for n, p in plain.named_parameters() if n.endswith("bias")]
+    assert torch.equal(next(p.grad for n, p in model.named_parameters() if n.endswith("bias")), grads[0])
+    model.zero_grad()
+    _, model, _, _ = attach(model, x, poisson_sampling=False)
+    with pytest.raises(dpk.BatchLayoutError, match="not what it adds last"):
+        loss(model, x)

@@ -30,6 +30,8 @@ def test_a_class_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert sum(report["trained"].values()) == 12 * 768
     assert report["frozen"]["pooler.dense.bias"] == "not matched by biases"
+    assert cli.main(["scan", "BertModel", "--biases", "informative"]) == 0
+    assert "key bias under softmax attention" in capsys.readouterr().out
 
 
 def test_a_class_of_yours(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +56,7 @@ def test_a_folder_with_a_configuration(tmp_path: pathlib.Path) -> None:
         ("test_scan:Missing", "Missing"),
         ("no_module:Class", "no_module"),
         ("builtins:dict", "a dict, not a torch"),
+        ("torch.nn:Linear", "missing"),
         ("LlamaModel", "nothing to train"),
     ],
 )

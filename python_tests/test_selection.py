@@ -182,3 +182,10 @@ def test_t5_has_no_bias_and_its_relative_attention_bias_is_a_weight() -> None:
     convert_model(with_head)
     assert set(conversion_report(with_head).trained) == {"head.bias"}
     assert conversion_report(with_head).frozen[f"t5.{table}"] == NOT_A_BIAS
+
+
+def test_a_scripted_module_is_refused_by_name_and_can_be_left_out() -> None:
+    for inner in (torch.jit.script(nn.Linear(3, 3)), torch.jit.trace(nn.Linear(3, 3), torch.zeros(1, 3))):
+        model = nn.Sequential(nn.Linear(3, 3), inner)
+        convert_model(model, biases=("*", "!1.bias"))
+        assert set(conversion_report(model).trained) == {"0.bias"}

@@ -8,7 +8,7 @@ the module treats samples independently, which the proof of the layout asks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._nested import form, map_tensors, strangers, tensors_in
 from .._validate import BatchLayoutError
+from ..arrangement import Arrangement
 from ..functional import SpreadFunction, apply
 from .base import BiasLayer, LayerKind
 from .standing_in import Places, standing_in
@@ -33,6 +34,12 @@ class Call:
     form: tuple[Any, ...]
     inputs: tuple[int | None, ...]
     outputs: tuple[int, ...]
+    input_folds: tuple[Arrangement, ...]
+    output_folds: tuple[Arrangement, ...]
+
+    @property
+    def cuts(self) -> tuple[tuple[int | None, ...], tuple[Arrangement, ...]]:
+        return self.inputs, self.input_folds
 
 
 class OneByOneLayer(BiasLayer):
@@ -53,18 +60,47 @@ class OneByOneLayer(BiasLayer):
         given = list(tensors_in((args, kwargs)))
         call = self.call_of(given, (args, kwargs))
         batch = next(iter(self.leaves.values())).shape[0]
-        slices = [self.by_sample(tensor, axis, batch) for tensor, axis in zip(given, call.inputs, strict=True)]
         copies = {
             name: apply(SpreadFunction, self.get_parameter(name).detach(), leaf).unbind(0)
             for name, leaf in self.leaves.items()
         }
+        return self.sliced(call, given, args, kwargs, batch, copies)
+
+    def sliced(
+        self,
+        call: Call,
+        given: list[Tensor],
+        args: Any,
+        kwargs: Any,
+        batch: int,
+        copies: Mapping[str, Sequence[Tensor]],
+    ) -> Any:
+        """The outputs of ``batch`` runs of one sample each, with the sample's own copies of parameters, as one."""
+        slices = [self.by_sample(tensor, axis, batch, k) for tensor, axis, k in zip(given, *call.cuts, strict=True)]
         places = {name: self.places(name) for name in copies}
         outputs = []
         for i in range(batch):
             args_i, kwargs_i = replaced((args, kwargs), [parts[i] for parts in slices])
             with standing_in([(places[name], copy[i]) for name, copy in copies.items()]):
                 outputs.append(super().forward(*args_i, **kwargs_i))
-        return joined(outputs, call.outputs)
+        whole = joined(outputs, call.outputs)
+        for tensor, axis, k in zip(tensors_in(whole), call.outputs, call.output_folds, strict=True):
+            if axis >= tensor.dim() or not self.folds_like(k, tensor.shape[axis], batch):
+                raise BatchLayoutError(
+                    f"layer {self.layer_name!r}, run one sample at a time, gives shape {tuple(tensor.shape)} for "
+                    f"{batch} samples: it knows of the batch by other means than its arguments",
+                    [self],
+                )
+        return whole
+
+    def folds_like(self, proven: Arrangement, size: int, batch: int) -> bool:
+        """Whether a dimension of this size holds ``batch`` samples in the way that was proven."""
+        shapes = [] if self.attachment is None else self.attachment.shapes
+        return proven.holds((size, 1), batch, shapes)
+
+    def whole(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own forward, of the batch."""
+        return super().forward(*args, **kwargs)
 
     def has_leaves(self) -> bool:
         return bool(self.__dict__.get("leaves"))
@@ -99,15 +135,16 @@ class OneByOneLayer(BiasLayer):
             f"called in this way, with {len(given)} tensors: which of them hold samples is not known. {UNPROVEN}"
         )
 
-    def by_sample(self, tensor: Tensor, axis: int | None, batch: int) -> Sequence[Tensor]:
+    def by_sample(self, tensor: Tensor, axis: int | None, batch: int, proven: Arrangement) -> Sequence[Tensor]:
         if axis is None:
             return [tensor] * batch
-        if axis >= tensor.dim() or tensor.shape[axis] % batch:
+        if axis >= tensor.dim() or not self.folds_like(proven, tensor.shape[axis], batch):
             raise BatchLayoutError(
                 f"layer {self.layer_name!r}: an input of shape {tuple(tensor.shape)} does not hold {batch} samples in "
                 f"dimension {axis}, as it did when the layout was proven"
             )
-        return torch.split(tensor, tensor.shape[axis] // batch, axis)
+        k = tensor.shape[axis] // batch
+        return [tensor.narrow(axis, i * k, k) for i in range(batch)]  # not split: its views take no change in place
 
 
 def joined(outputs: list[Any], axes: tuple[int, ...]) -> Any:

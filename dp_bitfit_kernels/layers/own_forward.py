@@ -8,13 +8,14 @@ several changes of the bias must come out as they went in. What fails is run one
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._validate import BatchLayoutError
 from .base import BiasLayer, LayerKind
 from .standing_in import standing_in
 
@@ -22,14 +23,42 @@ _TRIALS = 3
 
 
 class OwnForwardLayer(BiasLayer):
-    """The class's own forward; its output ends in the dimension of the bias."""
+    """The class's own forward; its output ends in the dimension of the bias.
+
+    tried: whether the proof of the layout tried the bias on the inputs that the layer gets in the model.
+    """
+
+    tried = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if "bias" not in self.trained or not self.recording():
+        if "bias" not in self.trained or self.attachment is None or not self.recording():
             return super().forward(*args, **kwargs)
+        if not self.tried:
+            raise BatchLayoutError(
+                f"layer {self.layer_name!r} has a forward of its own, and no proof has tried its bias in the model: "
+                "call the model once in eager mode on a batch that shows its samples in its inputs' leading dimension"
+            )
         with standing_in([([(self, "bias")], self.own_bias().detach())]):
             output = super().forward(*args, **kwargs)
+        if output.dim() < 2 or output.shape[1 if self.channels_first else -1] != self.own_bias().numel():
+            raise BatchLayoutError(
+                f"layer {self.layer_name!r}: its output of shape {tuple(output.shape)} has its bias elsewhere than it "
+                "was tried"
+            )
         return self.tap(output)
+
+    def adds_its_bias_last(self, args: Any, kwargs: Any) -> bool:
+        """Whether a change of the bias shows as it is in the output of this very call."""
+        bias = self.own_bias().detach()
+
+        def run(value: Tensor) -> Any:
+            torch.manual_seed(0)
+            with standing_in([([(self, "bias")], value)]):
+                return super(OwnForwardLayer, self).forward(*args, **kwargs)
+
+        dim = 1 if self.channels_first else -1
+        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())), _put_back(self):
+            return _shows(run, bias, dim, torch.Generator().manual_seed(1))
 
 
 class OwnForwardChannelsLayer(OwnForwardLayer):
@@ -93,19 +122,26 @@ def _is_added(module: nn.Module, bias: Tensor, x: Tensor, dim: int, generator: t
         for mode in (False, True):
             module.train(mode)
             try:
-                before = run(bias)
-                if not isinstance(before, Tensor) or before.dim() < 2 or before.shape[dim] != bias.numel():
+                if not _shows(run, bias, dim, generator):
                     return False
-                size = float(before.abs().max()) + 1.0
-                room = size * (0.05 if bias.dtype in (torch.float16, torch.bfloat16) else 1e-4)
-                along = [-1 if d == dim % before.dim() else 1 for d in range(before.dim())]
-                for _ in range(_TRIALS):
-                    change = size * torch.randn(bias.shape, generator=generator).to(bias)
-                    difference = run(bias + change) - before - change.view(along)
-                    if not float(difference.abs().max()) <= room:
-                        return False
             except _FAILURES:  # not an input that it takes
                 return False
+    return True
+
+
+def _shows(run: Callable[[Tensor], Any], bias: Tensor, dim: int, generator: torch.Generator) -> bool:
+    """Whether ``run`` of a changed bias differs by the change, along ``dim``."""
+    before = run(bias)
+    if not isinstance(before, Tensor) or before.dim() < 2 or before.shape[dim] != bias.numel():
+        return False
+    size = float(before.abs().max()) + 1.0 if before.numel() else 1.0
+    room = size * (0.05 if bias.dtype in (torch.float16, torch.bfloat16) else 1e-4)
+    along = [-1 if d == dim % before.dim() else 1 for d in range(before.dim())]
+    for _ in range(_TRIALS):
+        change = size * torch.randn(bias.shape, generator=generator).to(bias)
+        difference = run(bias + change) - before - change.view(along)
+        if difference.numel() and not float(difference.abs().max()) <= room:
+            return False
     return True
 
 

@@ -60,8 +60,8 @@ COVERAGE = (
     Sabotage(
         "a bias that is not added last is taken for one",
         "layers/own_forward.py",
-        "                    if not float(difference.abs().max()) <= room:\n",
-        "                    if False:\n",
+        "        if difference.numel() and not float(difference.abs().max()) <= room:\n",
+        "        if False:\n",
         (f"{OWN}::test_rows_are_those_of_the_samples",),
     ),
     Sabotage(
@@ -70,6 +70,41 @@ COVERAGE = (
         "        for mode in (False, True):\n",
         "        for mode in (False,):\n",
         (f"{OWN}::test_rows_are_those_of_the_samples",),
+    ),
+    Sabotage(
+        "a forward of its own is tried alone, not in the model",
+        "layout.py",
+        "            if first and isinstance(layer, OwnForwardLayer) and not layer.adds_its_bias_last(args, kwargs):\n",
+        "            if False:\n",
+        (f"{OWN}::test_what_was_tried_alone_is_tried_in_the_model",),
+    ),
+    Sabotage(
+        "a module run one sample at a time is not compared with itself",
+        "layout.py",
+        "            if calls is not None and layer.mixin is OneByOneLayer:\n",
+        "            if False:\n",
+        (f"{ALONE}::test_what_passes_by_other_ways_than_tensors_is_refused[Lengths]",),
+    ),
+    Sabotage(
+        "what a module leaves beside its output is not seen",
+        "evidence.py",
+        "        if now != self:\n",
+        "        if False:\n",
+        (f"{ALONE}::test_what_passes_by_other_ways_than_tensors_is_refused",),
+    ),
+    Sabotage(
+        "the layout is asked once for good",
+        "session.py",
+        "            again = self.ledger.opened & (self.ledger.opened - 1) == 0\n",
+        "            again = False\n",
+        (f"{LAYOUTS}::test_a_layout_that_changes_with_what_batches_hold_is_asked_again",),
+    ),
+    Sabotage(
+        "the added row is one of the others in all inputs",
+        "layout.py",
+        "(0, other, _MIXED) if other >= 0 else (0, other)",
+        "(0, other)",
+        (f"{LAYOUTS}::test_mixing_through_one_input_alone_is_seen",),
     ),
     Sabotage(
         "key and value biases of attention get the query's rows",

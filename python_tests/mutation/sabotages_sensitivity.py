@@ -102,7 +102,7 @@ SENSITIVITY = (
     Sabotage(
         "the layout is guessed from one batch",
         "session.py",
-        "        if self.modes() not in self._proven and not self._asked and self.ledger.holder is None:\n",
+        "        if not self._asked and self.ledger.holder is None:\n",
         "        if False:\n",
         (f"{ENGINE}::test_wrong_layout_refused_by_name",),
     ),
@@ -194,8 +194,8 @@ SENSITIVITY = (
     Sabotage(
         "only a row behind the others is changed",
         "layout.py",
-        "for row in added] if other is not None else []",
-        "for row in added] if False else []",
+        "for row in added[:2]] if other is not None else []",
+        "for row in added[:2]] if False else []",
         (f"{ATTACKS}::test_mixing_that_only_flows_forward_is_seen",),
     ),
     Sabotage(
