@@ -328,7 +328,7 @@ def test_operations_shapes_and_charges_do_not_depend_on_the_data():
         x, y = torch.randn(4, 2, 5, 5), torch.tensor([0, 1, 2, 0])
         x[1] = {"nan": torch.full_like(x[1], math.nan), "huge": x[1] * 1e30, "zero": x[1] * 0}.get(change, x[1])
         mask = without(4, 1) if change == "masked" else torch.ones(4, dtype=torch.bool)
-        for step in range(2):  # the first one also proves the layout
+        for step in range(3):  # the first two also prove the layout
             trace = Trace()
             engine._session.on_ticket(Ticket(step, 0, 1, 4, mask))
             with trace:
