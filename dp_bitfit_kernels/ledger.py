@@ -165,6 +165,13 @@ class Ledger:
         for layer in self.layers:
             layer.attachment = self
 
+    def still(self) -> Tensor | None:
+        """[P] bool: elements whose release is dropped. Which they are depends on no data, so that nothing is spent."""
+        mask = torch.zeros(self.width, dtype=torch.bool, device=self.device)
+        for entry in self.entries:
+            mask[entry.still] = True
+        return mask if any(entry.still.stop > entry.still.start for entry in self.entries) else None
+
     def detach(self) -> None:
         """Give the layers back to plain training."""
         self.close()

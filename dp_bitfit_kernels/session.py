@@ -38,14 +38,6 @@ class ForwardHook:
         return ForwardHook, (None,)
 
 
-def _still(ledger: Ledger) -> Tensor | None:
-    """[P] bool: elements whose release is dropped. Which they are depends on no data, so that nothing is spent."""
-    mask = torch.zeros(ledger.width, dtype=torch.bool, device=ledger.device)
-    for entry in ledger.entries:
-        mask[entry.still] = True
-    return mask if any(entry.still.stop > entry.still.start for entry in ledger.entries) else None
-
-
 class Session:
     """State between the loader, the model's forward, the backward and the optimizer's step.
 
@@ -89,11 +81,14 @@ class Session:
         self._was_declared = False  # for the open batch
         self._forwards = 0
         self._traced: tuple[Any, Any] | None = None  # inputs of a compiled forward of the open batch
-        self._proven: dict[bytes, set[Any]] = {}  # training flags of the modules -> forms of calls proven under them
+        self._proven: dict[
+            bytes, dict[Any, layout.Proof]
+        ] = {}  # training flags of the modules -> form of call -> proof
+        self._applied: layout.Proof | None = None  # what the layers go by
         self._asked = False  # whether the open batch was shown to the proof
         self._reach_checked = False
         self._warned: set[str] = set()
-        self._still = _still(ledger)
+        self._still = ledger.still()
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -218,8 +213,11 @@ class Session:
         if not self._asked and self.ledger.holder is None:
             # What batches hold may change what a model does with them: asked again, ever more rarely.
             again = self.ledger.opened & (self.ledger.opened - 1) == 0
-            if again or form((args, kwargs)) not in self._proven.get(self.modes(), ()):
+            known = self._proven.get(self.modes(), {}).get(form((args, kwargs)))
+            if again or known is None:
                 self._prove(args, kwargs, batch)
+            elif known is not self._applied:  # a call of another form before may have arranged layers otherwise
+                self._apply(known)
 
     @property
     def settled(self) -> bool:
@@ -237,6 +235,10 @@ class Session:
         """A model may mix samples, or write a buffer, in training mode only: each combination is proven by itself."""
         return bytes([module.training for module in modules_of(self.model)])
 
+    def _apply(self, proof: layout.Proof) -> None:
+        proof.apply()
+        self._applied = proof
+
     def _prove(self, args: Any, kwargs: Any, batch: int, late: bool = False) -> None:
         """Prove the layout, and tell the layers; ``late``: after a forward that relied on what they knew before."""
         self._asked = True
@@ -250,7 +252,7 @@ class Session:
             self.abandon()
             raise
         unlike = proof.unlike_before() if late else []
-        proof.apply()
+        self._apply(proof)
         if unlike:
             self.abandon()
             raise BatchLayoutError(
@@ -258,7 +260,7 @@ class Session:
                 "layout is known: compile the model again (torch.compiler.reset()), or run one eager forward before"
             )
         if proof.complete:  # else the next batch is asked again
-            self._proven.setdefault(modes, set()).add(form((args, kwargs)))
+            self._proven.setdefault(modes, {})[form((args, kwargs))] = proof
 
     def _prove_unseen(self, batch: int) -> None:
         """Ask at the step what the forward could not: the model was compiled, or only modules inside it were called."""

@@ -378,3 +378,34 @@ def test_mixing_through_one_input_alone_is_seen(place: int) -> None:
     _, model, _, _ = attach(dpk.convert_model(ByMask()), torch.randn(4, 1), poisson_sampling=False)
     with pytest.raises(BatchLayoutError, match="changes with another"):
         model(**batch)
+
+
+class EitherWay(nn.Module):
+    """Time-major or batch-major inside, by a flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, time_major: bool) -> Tensor:  # [B, T, C]
+        if time_major:
+            return torch.tanh(self.inner(x.transpose(0, 1))).mean(0)
+        return torch.tanh(self.inner(x)).mean(1)
+
+
+def test_each_form_of_call_goes_by_its_own_proof() -> None:
+    torch.manual_seed(0)
+    _, model, optimizer, _ = attach(dpk.convert_model(EitherWay()), torch.randn(4, 1), poisson_sampling=False)
+    x = torch.randn(4, 4, WIDTH)  # T = B: no size tells
+    rows = {}
+    for turn, time_major in enumerate((True, True, False, False, True, False)):  # 5 and 6 are not asked again
+        optimizer.zero_grad()
+        loss_of(model(x, time_major=time_major)).backward()
+        rows[turn] = model.inner.attachment._slab.rows.clone()
+        with torch.no_grad():
+            bias = model.inner.bias.clone()
+        optimizer.step()
+        with torch.no_grad():
+            model.inner.bias.copy_(bias)
+    for turn in (1, 2, 3, 4, 5):
+        torch.testing.assert_close(rows[turn], rows[0], rtol=1e-4, atol=1e-6)

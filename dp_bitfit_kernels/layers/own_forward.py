@@ -93,13 +93,13 @@ def find(module: nn.Module) -> LayerKind | None:
     shapes = _inputs(module)
     if bias is None or bias.dim() != 1 or not bias.is_floating_point() or not shapes:
         return None
+    generator = torch.Generator().manual_seed(0)
     if bias.device.type == "meta":  # values are needed: a small copy with some
         module = copy.deepcopy(module).to_empty(device="cpu")
         for parameter in module.parameters():
-            nn.init.normal_(parameter)
+            nn.init.normal_(parameter, generator=generator)
         bias = module._parameters["bias"]
         assert bias is not None
-    generator = torch.Generator().manual_seed(0)
     for shape in shapes:
         first = (not isinstance(module, nn.Linear) and len(shape) != 3) or isinstance(module, nn.Conv1d)
         if _is_added(module, bias, _like(shape, module, generator), 1 if first else -1, generator):

@@ -93,6 +93,13 @@ COVERAGE = (
         (f"{ALONE}::test_what_passes_by_other_ways_than_tensors_is_refused",),
     ),
     Sabotage(
+        "layers go by the proof of another form of call",
+        "session.py",
+        "            elif known is not self._applied:",
+        "            elif False:",
+        (f"{LAYOUTS}::test_each_form_of_call_goes_by_its_own_proof",),
+    ),
+    Sabotage(
         "the layout is asked once for good",
         "session.py",
         "            again = self.ledger.opened & (self.ledger.opened - 1) == 0\n",
