@@ -22,7 +22,7 @@ from .layers import BiasLayer
 from .layers.one_by_one import Call, OneByOneLayer
 
 TOLERANCE = 1e-6  # of the largest part
-_INSTEAD = (
+INSTEAD = (
     "Leave its bias frozen, or convert the model with sample_batch=, which runs the module around it one sample at a "
     "time"
 )
@@ -105,7 +105,7 @@ def arrangements(pairs: Sequence[Pair], batch: int, shapes: list[tuple[int, ...]
         raise BatchLayoutError(
             "the rows of a sample are not known in layer "
             + "; layer ".join(shapeless)
-            + f". Tables without a batch dimension and tokens packed by what they hold have none. {_INSTEAD}",
+            + f". Tables without a batch dimension and tokens packed by what they hold have none. {INSTEAD}",
             list(dict.fromkeys([*shapeless.values(), *mixing.values()])),
         )
     if mixing:
@@ -130,7 +130,7 @@ def _side_by_side(pairs: Sequence[Pair]) -> list[tuple[tuple[Any, Any], ...]]:
             layer = next(layer for layer in layers if layer is not None)
             raise BatchLayoutError(
                 f"layer {layer.layer_name!r} is called or not by what the samples hold (tokens routed to experts?): "
-                f"its rows are not known. {_INSTEAD}",
+                f"its rows are not known. {INSTEAD}",
                 [layer],
             )
     paired = [list(zip(first, last, strict=True)) for first, last, _ in pairs]
@@ -179,37 +179,9 @@ class Watch:
             what = "writes into its arguments" if now.given != self.given else "keeps tensors as attributes"
             raise BatchLayoutError(
                 f"layer {layer.layer_name!r} is run one sample at a time, but {what}, where others may look for the "
-                f"whole batch. {_INSTEAD}",
+                f"whole batch. {INSTEAD}",
                 [layer],
             )
-
-
-def require_same_in_slices(layer: OneByOneLayer, known: tuple[Call, ...], args: Any, kwargs: Any, batch: int) -> None:
-    """The layer gives for the batch what it gives for its samples, in evaluation mode.
-
-    Raises:
-        BatchLayoutError: naming it.
-    """
-    modes = [(module, module.training) for module in layer.modules()]
-    given, own = list(tensors_in((args, kwargs))), form((args, kwargs))
-    call = next(call for call in known if call.form == own)
-    try:
-        layer.eval()
-        whole = list(tensors_in(layer.whole(*args, **kwargs)))
-        parts = list(tensors_in(layer.sliced(call, given, args, kwargs, batch, {})))
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-        raise BatchLayoutError(
-            f"layer {layer.layer_name!r} cannot be run one sample at a time: {error}. {_INSTEAD}", [layer]
-        ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if len(whole) != len(parts) or not all(same(a, b, 1e-3) for a, b in zip(whole, parts, strict=True)):
-        raise BatchLayoutError(
-            f"layer {layer.layer_name!r} gives other outputs when it is run one sample at a time: it mixes samples, or "
-            f"knows of them by other means than its tensors. {_INSTEAD}",
-            [layer],
-        )
 
 
 @dataclasses.dataclass
@@ -280,11 +252,11 @@ def calls(
                 raise _not_held(layer, cuts[0].shape, batch)
             outputs.append(axis)
         known = found.setdefault(layer, {})
-        folds = (
+        input_folds, output_folds = (
             tuple(_fold(cut, axis, batch, shapes) for cut, axis in zip(cuts, axes, strict=True))
             for cuts, axes in ((small.inputs, inputs), (small.outputs, outputs))
         )
-        call = Call(small.form, inputs, tuple(outputs), *folds)
+        call = Call(small.form, inputs, tuple(outputs), input_folds, output_folds)
         if known.setdefault(call.form, call) != call:
             raise BatchLayoutError(
                 f"layer {layer.layer_name!r} is run one sample at a time, and is called with samples in different "
@@ -315,6 +287,6 @@ def _axis(layer: OneByOneLayer, cuts: Sequence[_Cut], slices: list[slice], batch
 def _not_held(layer: OneByOneLayer, shape: tuple[int, ...], batch: int) -> BatchLayoutError:
     return BatchLayoutError(
         f"layer {layer.layer_name!r} is run one sample at a time, but a tensor of shape {shape} that it takes or gives "
-        f"(for {batch} samples) holds them in no way that is known, or mixes them. {_INSTEAD}",
+        f"(for {batch} samples) holds them in no way that is known, or mixes them. {INSTEAD}",
         [layer],
     )

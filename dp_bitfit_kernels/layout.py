@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import evidence
-from ._nested import map_tensors, tensors_in
+from . import _slices, evidence
+from ._nested import form, map_tensors, tensors_in
 from ._validate import BatchLayoutError
 from .arrangement import PLAIN, Arrangement
 from .layers import BiasLayer
@@ -124,7 +124,11 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
     called: list[evidence.Pair] = [(a.called, b.called, kept) for a, b, kept in pairs]
     calls = evidence.calls(called, same.called if same else [], batch, shapes)
     if calls:
-        trial.run([*samples], calls=calls)
+        at_once = trial.run([*samples], calls=calls).at_once
+        calls = {
+            alone: tuple(dataclasses.replace(call, at_once=(alone, call.form) in at_once) for call in known)
+            for alone, known in calls.items()
+        }
     for first, last, kept in pairs:
         _require_apart(list(tensors_in(first.output)), list(tensors_in(last.output)), kept, batch)
         for name, value in first.buffers.items():
@@ -150,6 +154,7 @@ class _Run:
     seen: list[evidence.Seen]  # one for each call of a converted layer
     called: list[evidence.Called]  # one for each call of a layer that is run one sample at a time
     buffers: dict[str, Tensor]  # after the run
+    at_once: set[tuple[OneByOneLayer, tuple[Any, ...]]]  # forms of calls that vmap runs, of those that were tried
 
 
 @contextlib.contextmanager
@@ -181,7 +186,8 @@ class _Trial:
         first: layers with a forward of their own are tried in it. calls: layers run one sample at a time are compared
         with themselves.
         """
-        run = _Run(None, [], [], {})
+        run = _Run(None, [], [], {}, set())
+        at_once: dict[tuple[OneByOneLayer, tuple[Any, ...]], bool] = {}
         watches: dict[OneByOneLayer, evidence.Watch] = {}
 
         def look(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -202,7 +208,11 @@ class _Trial:
         def look_around(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
             watches.pop(layer).check(layer, (args, kwargs))
             if calls is not None and layer.mixin is OneByOneLayer:
-                evidence.require_same_in_slices(layer, calls[layer], args, kwargs, len(rows))
+                own = form((args, kwargs))
+                call = next(call for call in calls[layer] if call.form == own)
+                _slices.require_same(layer, call, (args, kwargs), len(rows))
+                tried = _slices.works_at_once(layer, call, (args, kwargs), len(rows))
+                at_once[layer, own] = at_once.get((layer, own), True) and tried
             run.called.append(evidence.Called.of(layer, (args, kwargs), output, len(rows)))
 
         handles = [
@@ -232,6 +242,7 @@ class _Trial:
                 value = module._buffers[own]
                 if value is not None:
                     run.buffers[f"{name}.{own}" if name else own] = value.clone()
+            run.at_once.update(key for key, works in at_once.items() if works)
         finally:
             for handle in handles:
                 handle.remove()

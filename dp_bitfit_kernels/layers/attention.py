@@ -33,7 +33,7 @@ class MultiheadAttentionLayer(OneByOneLayer):
         if self.attachment is None or not self.recording():
             return super().forward(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
-        call = self.call_of(given, (args, kwargs))
+        call = self.call_of((args, kwargs))
         bound = _SIGNATURE.bind(self, *args, **kwargs)
         bound.apply_defaults()
         _, query, key, value, *options = bound.arguments.values()

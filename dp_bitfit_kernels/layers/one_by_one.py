@@ -1,15 +1,16 @@
-"""Any module, run on one sample after another, each with its own copy of the parameters that are trained.
+"""Any module, run on each sample by itself, with the sample's own copy of the parameters that are trained.
 
 For what no rule of a layer covers: biases that a forward adds itself, recurrent layers, tables that all samples share,
 tokens routed by index. The copies are views and cost no memory; autograd gives each its own gradient, which is the
-per-sample gradient whatever the module does with the parameter. As many forwards as samples: slow, and exact as long as
-the module treats samples independently, which the proof of the layout asks.
+per-sample gradient whatever the module does with the parameter. This is exact as long as the module treats samples
+independently, which the proof of the layout asks. Where the proof saw that ``torch.func.vmap`` can run the module, all
+samples go through one forward; else (tokens routed by index, recurrent kernels) there are as many as samples: slow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Call:
 
     form: what tells it from other ways.
     inputs: of each tensor the dimension; None: shared by all samples.
+    at_once: whether ``torch.func.vmap`` runs the module for all samples; not part of what is proven.
     """
 
     form: tuple[Any, ...]
@@ -36,10 +38,7 @@ class Call:
     outputs: tuple[int, ...]
     input_folds: tuple[Arrangement, ...]
     output_folds: tuple[Arrangement, ...]
-
-    @property
-    def cuts(self) -> tuple[tuple[int | None, ...], tuple[Arrangement, ...]]:
-        return self.inputs, self.input_folds
+    at_once: bool = field(default=False, compare=False)
 
 
 class OneByOneLayer(BiasLayer):
@@ -57,33 +56,53 @@ class OneByOneLayer(BiasLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.attachment is None or not self.recording():
             return super().forward(*args, **kwargs)
-        given = list(tensors_in((args, kwargs)))
-        call = self.call_of(given, (args, kwargs))
+        call = self.call_of((args, kwargs))
         batch = next(iter(self.leaves.values())).shape[0]
         copies = {
-            name: apply(SpreadFunction, self.get_parameter(name).detach(), leaf).unbind(0)
-            for name, leaf in self.leaves.items()
+            name: apply(SpreadFunction, self.get_parameter(name).detach(), leaf) for name, leaf in self.leaves.items()
         }
-        return self.sliced(call, given, args, kwargs, batch, copies)
+        at_once = call.at_once and not torch.compiler.is_compiling()
+        return (self.mapped if at_once else self.sliced)(call, (args, kwargs), batch, copies)
 
-    def sliced(
-        self,
-        call: Call,
-        given: list[Tensor],
-        args: Any,
-        kwargs: Any,
-        batch: int,
-        copies: Mapping[str, Sequence[Tensor]],
-    ) -> Any:
-        """The outputs of ``batch`` runs of one sample each, with the sample's own copies of parameters, as one."""
-        slices = [self.by_sample(tensor, axis, batch, k) for tensor, axis, k in zip(given, *call.cuts, strict=True)]
-        places = {name: self.places(name) for name in copies}
-        outputs = []
-        for i in range(batch):
-            args_i, kwargs_i = replaced((args, kwargs), [parts[i] for parts in slices])
-            with standing_in([(places[name], copy[i]) for name, copy in copies.items()]):
-                outputs.append(super().forward(*args_i, **kwargs_i))
-        whole = joined(outputs, call.outputs)
+    def sliced(self, call: Call, arguments: Any, batch: int, copies: Mapping[str, Tensor]) -> Any:
+        """The outputs of ``batch`` runs of one sample each, with the sample's own copies of parameters, as one.
+
+        copies: name -> [B, *shape].
+        """
+        own = {name: copy.unbind(0) for name, copy in copies.items()}
+        slices = [
+            [tensor] * batch if axis is None else [tensor.narrow(axis, i * k, k) for i in range(batch)]
+            for tensor, axis, k in self.cuts(call, arguments, batch)
+        ]  # not split: its views take no change in place
+        outputs = [
+            self.run_one(replaced(arguments, [parts[i] for parts in slices]), {name: own[name][i] for name in own})
+            for i in range(batch)
+        ]
+        return self.checked(joined(outputs, call.outputs), call, batch)
+
+    def mapped(self, call: Call, arguments: Any, batch: int, copies: Mapping[str, Tensor]) -> Any:
+        """The same by one forward for all samples, each with its own random masks."""
+        cuts = self.cuts(call, arguments, batch)
+        given = [t if axis is None else t.unflatten(axis, (batch, k)) for t, axis, k in cuts]
+        structure: Any = None
+
+        def one(tensors: list[Tensor], own: dict[str, Tensor]) -> list[Tensor]:
+            nonlocal structure
+            structure = self.run_one(replaced(arguments, tensors), own)
+            return list(tensors_in(structure))
+
+        dims = ([axis for _, axis, _ in cuts], dict.fromkeys(copies, 0))
+        outputs = torch.func.vmap(one, in_dims=dims, randomness="different")(given, dict(copies))
+        whole = [t.movedim(0, axis).flatten(axis, axis + 1) for t, axis in zip(outputs, call.outputs, strict=True)]
+        return self.checked(replaced(structure, whole), call, batch)
+
+    def run_one(self, arguments: Any, own: Mapping[str, Tensor]) -> Any:
+        """The class's own forward with these tensors in the places of parameters."""
+        args, kwargs = arguments
+        with standing_in([(self.places(name), tensor) for name, tensor in own.items()]):
+            return super().forward(*args, **kwargs)
+
+    def checked(self, whole: Any, call: Call, batch: int) -> Any:
         for tensor, axis, k in zip(tensors_in(whole), call.outputs, call.output_folds, strict=True):
             if axis >= tensor.dim() or not self.folds_like(k, tensor.shape[axis], batch):
                 raise BatchLayoutError(
@@ -120,7 +139,7 @@ class OneByOneLayer(BiasLayer):
         parameter = self.trained_parameter(name)
         return [(m, own) for m in self.modules() for own, held in m._parameters.items() if held is parameter]
 
-    def call_of(self, given: list[Tensor], arguments: Any) -> Call:
+    def call_of(self, arguments: Any) -> Call:
         for what in strangers(arguments):
             raise BatchLayoutError(
                 f"layer {self.layer_name!r} is run one sample at a time, but is given a {what}, which cannot be cut "
@@ -132,19 +151,21 @@ class OneByOneLayer(BiasLayer):
                 return call
         raise BatchLayoutError(
             f"layer {self.layer_name!r} is run one sample at a time, and the proof of the layout has not seen it "
-            f"called in this way, with {len(given)} tensors: which of them hold samples is not known. {UNPROVEN}"
+            f"called in this way, with {sum(1 for _ in tensors_in(arguments))} tensors: which of them hold samples is "
+            f"not known. {UNPROVEN}"
         )
 
-    def by_sample(self, tensor: Tensor, axis: int | None, batch: int, proven: Arrangement) -> Sequence[Tensor]:
-        if axis is None:
-            return [tensor] * batch
-        if axis >= tensor.dim() or not self.folds_like(proven, tensor.shape[axis], batch):
-            raise BatchLayoutError(
-                f"layer {self.layer_name!r}: an input of shape {tuple(tensor.shape)} does not hold {batch} samples in "
-                f"dimension {axis}, as it did when the layout was proven"
-            )
-        k = tensor.shape[axis] // batch
-        return [tensor.narrow(axis, i * k, k) for i in range(batch)]  # not split: its views take no change in place
+    def cuts(self, call: Call, arguments: Any, batch: int) -> list[tuple[Tensor, int | None, int]]:
+        """Each tensor of the arguments, the dimension that holds the samples, and how much of it a sample has."""
+        found = []
+        for tensor, axis, proven in zip(tensors_in(arguments), call.inputs, call.input_folds, strict=True):
+            if axis is not None and (axis >= tensor.dim() or not self.folds_like(proven, tensor.shape[axis], batch)):
+                raise BatchLayoutError(
+                    f"layer {self.layer_name!r}: an input of shape {tuple(tensor.shape)} does not hold {batch} samples "
+                    f"in dimension {axis}, as it did when the layout was proven"
+                )
+            found.append((tensor, axis, 0 if axis is None else tensor.shape[axis] // batch))
+        return found
 
 
 def joined(outputs: list[Any], axes: tuple[int, ...]) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from sabotage import Sabotage
 
 LAYOUTS, ALONE, OWN = "test_layouts.py", "test_one_by_one.py", "test_own_forward.py"
+REFUSALS = "test_one_by_one_refusals.py"
 CHECK = f"{LAYOUTS}::TestCheckModel"
+COMPARED = "            if calls is not None and layer.mixin is OneByOneLayer:\n"
 
 COVERAGE = (
     Sabotage(
@@ -46,9 +48,9 @@ COVERAGE = (
     Sabotage(
         "all samples share the first one's copy",
         "layers/one_by_one.py",
-        "[(places[name], copy[i]) for name, copy in copies.items()]",
-        "[(places[name], copy[0]) for name, copy in copies.items()]",
-        (f"{ALONE}::test_rows_are_those_of_the_samples[query bias]",),
+        "{name: own[name][i] for name in own}",
+        "{name: own[name][0] for name in own}",
+        (f"{ALONE}::test_rows_are_those_of_the_samples[experts]",),
     ),
     Sabotage(
         "an output that all samples share is one sample's",
@@ -56,7 +58,7 @@ COVERAGE = (
         "                raise _not_held(layer, cuts[0].shape, batch)\n",
         "                axis = 0\n",
         (f"{ALONE}::test_rows_are_those_of_the_samples[position table]",),
-        also=(("layout.py", "            if calls is not None and layer.mixin is OneByOneLayer:\n", "            if False:\n"),),
+        also=(("layout.py", COMPARED, "            if False:\n"),),
     ),
     Sabotage(
         "a bias that is not added last is taken for one",
@@ -82,16 +84,30 @@ COVERAGE = (
     Sabotage(
         "a module run one sample at a time is not compared with itself",
         "layout.py",
-        "            if calls is not None and layer.mixin is OneByOneLayer:\n",
+        COMPARED,
         "            if False:\n",
-        (f"{ALONE}::test_what_passes_by_other_ways_than_tensors_is_refused[Lengths]",),
+        (f"{REFUSALS}::test_what_passes_by_other_ways_than_tensors_is_refused[Lengths]",),
+    ),
+    Sabotage(
+        "samples that go through one forward share a random mask",
+        "layers/one_by_one.py",
+        'randomness="different"',
+        'randomness="same"',
+        (f"{ALONE}::test_samples_in_one_forward_have_masks_of_their_own",),
+    ),
+    Sabotage(
+        "a module is run for all samples at once untried",
+        "layout.py",
+        "                tried = _slices.works_at_once(layer, call, (args, kwargs), len(rows))\n",
+        "                tried = True\n",
+        (f"{ALONE}::test_rows_are_those_of_the_samples[experts]",),
     ),
     Sabotage(
         "what a module leaves beside its output is not seen",
         "evidence.py",
         "        if now != self:\n",
         "        if False:\n",
-        (f"{ALONE}::test_what_passes_by_other_ways_than_tensors_is_refused",),
+        (f"{REFUSALS}::test_what_passes_by_other_ways_than_tensors_is_refused",),
     ),
     Sabotage(
         "layers go by the proof of another form of call",
