@@ -372,7 +372,7 @@ class CapturedStep:
         """What is built into a graph of the batch's kind; it serves calls that are alike in this."""
         device = self._ledger.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return self._session.modes(), autocast, outline((args, kwargs))
+        return self._session.proofs.modes(), autocast, outline((args, kwargs))
 
     def _on_device(self, value: Any, copy: bool = False) -> Any:
         device = self._ledger.device

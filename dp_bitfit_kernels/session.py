@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layout
-from ._nested import form, tensors_in
+from ._nested import tensors_in
 from ._plan import check_noise_multiplier
 from ._validate import BatchLayoutError, EngineError, OptimizerError
 from .accounting import Accountant
@@ -18,6 +20,7 @@ from .clipping import GRID
 from .layout import modules_of
 from .ledger import Ledger
 from .noise import STREAM_NOISE, KeySource
+from .proofs import Proofs
 from .sampling import Ticket
 
 _EVALUATION = "for evaluation use torch.no_grad()"
@@ -80,12 +83,7 @@ class Session:
         self._declared = False  # inside engine.batch(B)
         self._was_declared = False  # for the open batch
         self._forwards = 0
-        self._traced: tuple[Any, Any] | None = None  # inputs of a compiled forward of the open batch
-        self._proven: dict[
-            bytes, dict[Any, layout.Proof]
-        ] = {}  # training flags of the modules -> form of call -> proof
-        self._applied: layout.Proof | None = None  # what the layers go by
-        self._asked = False  # whether the open batch was shown to the proof
+        self.proofs = Proofs(model, ledger.layers)
         self._reach_checked = False
         self._warned: set[str] = set()
         self._still = ledger.still()
@@ -102,13 +100,6 @@ class Session:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, stacklevel=4)
-
-    def _warn_unproven(self, why: str) -> None:
-        self._warn_once(
-            "unproven",
-            f"{why}: the layout of the layers cannot be proven with one more sample, only their leading sizes are "
-            "checked",
-        )
 
     def on_ticket(self, ticket: Ticket) -> None:
         """Open the physical batch that the private loader is about to hand out."""
@@ -175,8 +166,8 @@ class Session:
         self._was_declared = False
 
     def _open(self, batch: int, mask: Tensor | None = None) -> None:
-        was_compiled, self._forwards, self._traced = self._traced is not None, 0, None
-        self._asked = False
+        was_compiled, self._forwards = self.proofs.traced is not None, 0
+        self.proofs.open()
         self.ledger.open(batch, mask)
         # Once, after the first release: by then a head that started at zero passes gradients on.
         if self.releases and not self._reach_checked and not was_compiled:  # a hook would make compiled code anew
@@ -187,7 +178,7 @@ class Session:
         if not torch.is_grad_enabled():
             return
         if torch.compiler.is_compiling():  # nothing can be asked while the model is traced: the step asks it
-            self._traced = (args, kwargs)
+            self.proofs.traced = (args, kwargs)
             return
         batch = self.ledger.batch
         if batch is None:
@@ -210,19 +201,14 @@ class Session:
         self._forwards += 1
         self.ledger.shapes = [tensor.shape for tensor in tensors_in((args, kwargs))]
         # A captured step runs what was asked before, and a capture may not wait for an answer.
-        if not self._asked and self.ledger.holder is None:
-            # What batches hold may change what a model does with them: asked again, ever more rarely.
-            again = self.ledger.opened & (self.ledger.opened - 1) == 0
-            known = self._proven.get(self.modes(), {}).get(form((args, kwargs)))
-            if again or known is None:
-                self._prove(args, kwargs, batch)
-            elif known is not self._applied:  # a call of another form before may have arranged layers otherwise
-                self._apply(known)
+        if self.ledger.holder is None:
+            with self._abandoned_on_error():
+                self.proofs.before_forward(args, kwargs, batch, self.ledger.opened)
 
     @property
     def settled(self) -> bool:
         """Whether eager steps have asked all that they ask of a model in its present modes."""
-        return self.releases >= 2 and ("unproven" in self._warned or self.modes() in self._proven)
+        return self.releases >= 2 and self.proofs.settled
 
     def open_without_ticket(self, batch: int) -> None:
         """Open a batch of so many samples, unless one is open; that one must be as large."""
@@ -231,49 +217,13 @@ class Session:
         elif self.ledger.batch != batch:
             raise BatchLayoutError(f"a batch of {batch} samples, but the open one has {self.ledger.batch}")
 
-    def modes(self) -> bytes:
-        """A model may mix samples, or write a buffer, in training mode only: each combination is proven by itself."""
-        return bytes([module.training for module in modules_of(self.model)])
-
-    def _apply(self, proof: layout.Proof) -> None:
-        proof.apply()
-        self._applied = proof
-
-    def _prove(self, args: Any, kwargs: Any, batch: int, late: bool = False) -> None:
-        """Prove the layout, and tell the layers; ``late``: after a forward that relied on what they knew before."""
-        self._asked = True
-        if batch not in layout.leading_sizes(args, kwargs):
-            self._warn_unproven("no tensor input of the model has the batch as its leading dimension")
-            return
-        modes = self.modes()
+    @contextmanager
+    def _abandoned_on_error(self) -> Iterator[None]:
         try:
-            proof = layout.prove(self.model, args, kwargs, batch, self.ledger.layers)
-        except BatchLayoutError:
+            yield
+        except BaseException:  # also an interrupt
             self.abandon()
             raise
-        unlike = proof.unlike_before() if late else []
-        self._apply(proof)
-        if unlike:
-            self.abandon()
-            raise BatchLayoutError(
-                f"the compiled model took the rows of layer {unlike[0]!r} for samples, which they are not. Now its "
-                "layout is known: compile the model again (torch.compiler.reset()), or run one eager forward before"
-            )
-        if proof.complete:  # else the next batch is asked again
-            self._proven.setdefault(modes, {})[form((args, kwargs))] = proof
-
-    def _prove_unseen(self, batch: int) -> None:
-        """Ask at the step what the forward could not: the model was compiled, or only modules inside it were called."""
-        if self._traced is not None:
-            self._prove(*self._traced, batch, late=True)
-        elif self._was_declared:
-            self._warn_unproven("only modules inside the private model were called")
-        else:
-            self.abandon()
-            raise EngineError(
-                "only modules inside the private model were called, not the model itself: the layout of its layers "
-                "cannot be proven. Call the model once on a batch, or declare the batch: `with engine.batch(B):`"
-            )
 
     def abandon(self) -> None:
         """Drop the open batch and the sum of its draw."""
@@ -305,17 +255,14 @@ class Session:
                 "step() without a backward of the private model since the last step: nothing was backpropagated, or "
                 "the forward ran under torch.no_grad(), or the backward after `with engine.batch(B):` had ended"
             )
-        if not self._asked and self.modes() not in self._proven and "unproven" not in self._warned:
-            self._prove_unseen(batch)
+        with self._abandoned_on_error():
+            self.proofs.before_step(batch, declared=self._was_declared)
         silent = self.ledger.silent()
         if silent is not None:
             self._reach_checked = True
             self._warn_of_silent(silent)
-        try:
+        with self._abandoned_on_error():  # what may be half added is never added again
             self.add_rows()
-        except BaseException:  # also an interrupt: what may be half added is never added again
-            self.abandon()
-            raise
         return self.end_batch()
 
     def check(self) -> None:

@@ -53,7 +53,7 @@ CAPTURED = (
     Sabotage(
         "a captured step goes on in other training modes",
         "capture.py",
-        "        return self._session.modes(), autocast,",
+        "        return self._session.proofs.modes(), autocast,",
         "        return autocast,",
         (f"{CAPTURE}::test_other_training_modes_run_eagerly_until_proven_then_are_captured",),
     ),

@@ -33,7 +33,7 @@ COVERAGE = (
     ),
     Sabotage(
         "compiled code keeps what it took the rows for",
-        "session.py",
+        "proofs.py",
         "        if unlike:\n",
         "        if False:\n",
         (f"{LAYOUTS}::test_compiled_with_no_eager_forward_is_refused_and_then_works",),
@@ -111,16 +111,16 @@ COVERAGE = (
     ),
     Sabotage(
         "layers go by the proof of another form of call",
-        "session.py",
-        "            elif known is not self._applied:",
-        "            elif False:",
+        "proofs.py",
+        "        elif known is not self._applied:",
+        "        elif False:",
         (f"{LAYOUTS}::test_each_form_of_call_goes_by_its_own_proof",),
     ),
     Sabotage(
         "the layout is asked once for good",
-        "session.py",
-        "            again = self.ledger.opened & (self.ledger.opened - 1) == 0\n",
-        "            again = False\n",
+        "proofs.py",
+        "        again = opened & (opened - 1) == 0\n",
+        "        again = False\n",
         (f"{LAYOUTS}::test_a_layout_that_changes_with_what_batches_hold_is_asked_again",),
     ),
     Sabotage(

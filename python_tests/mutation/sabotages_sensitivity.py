@@ -102,7 +102,7 @@ SENSITIVITY = (
     Sabotage(
         "the layout is guessed from one batch",
         "session.py",
-        "        if not self._asked and self.ledger.holder is None:\n",
+        "        if self.ledger.holder is None:\n",
         "        if False:\n",
         (f"{ENGINE}::test_wrong_layout_refused_by_name",),
     ),
@@ -200,7 +200,7 @@ SENSITIVITY = (
     ),
     Sabotage(
         "a proof in evaluation holds for training",
-        "session.py",
+        "proofs.py",
         "return bytes([module.training for module in modules_of(self.model)])",
         "return b''",
         (f"{ATTACKS}::test_a_first_forward_in_evaluation_proves_nothing_for_training",),
