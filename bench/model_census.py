@@ -5,12 +5,15 @@
 Each class is built twice, in a process of its own with a time limit. On the meta device, with its default
 configuration: where do its biases go (layers, one sample at a time, none, refused and why)? And small on the CPU, with
 the first inputs of a list that it accepts: `check_model` compares per-sample gradients with runs of one sample at a
-time. A class that cannot be built or run so is listed with the reason. No weights are needed.
+time. Where it refuses, or finds more than 1e-5, plain autograd is asked how far its gradient of the batch is from the
+mean of its samples' own: a model that mixes samples (contrastive outputs) or draws random masks has no per-sample
+gradients. A class that cannot be built or run so is listed with the reason. No weights are needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import multiprocessing
@@ -32,6 +35,7 @@ from dp_bitfit_kernels._nested import tensors_in
 
 SECONDS = 60
 TOLERANCE = 1e-5
+MIXED = 1e-3  # of the largest gradient: more than this no arithmetic explains
 
 
 def classes() -> dict[str, Any]:
@@ -109,20 +113,50 @@ def dynamic(kind: Any) -> dict[str, Any]:
     return {"status": "not run", "why": why or "no inputs are known for it, or its outputs are all zero"}
 
 
+def plain_fault(model: nn.Module, batch: dict[str, Tensor]) -> float | None:
+    """How far plain autograd's bias gradients of the batch are from the means of its samples' own, as a part of the
+    largest; None where no gradient reaches a bias."""
+    biases = [p for name, p in model.named_parameters() if "bias" in name.rpartition(".")[2]]
+    size = next(iter(batch.values())).shape[0]
+
+    def gradients(rows: slice) -> list[Tensor]:
+        value = loss(model, {name: tensor[rows] for name, tensor in batch.items()})
+        found = torch.autograd.grad(value, biases, allow_unused=True) if value.requires_grad else [None] * len(biases)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(biases, found, strict=True)]
+
+    whole = gradients(slice(0, size))
+    alone = [gradients(slice(i, i + 1)) for i in range(size)]
+    largest = max((float(g.abs().max()) for g in whole), default=0.0)
+    if largest == 0.0:
+        return None
+    means = [torch.stack(rows).mean(0) for rows in zip(*alone, strict=True)]
+    return max(float((a - b).abs().max()) for a, b in zip(whole, means, strict=True)) / largest
+
+
 def checked(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
     inputs = {name: list(tensor.shape) for name, tensor in batch.items()}
+    plain = copy.deepcopy(model)
     try:
         dpk.convert_model(model, sample_batch=batch)
         report = dpk.conversion_report(model)
         check = dpk.check_model(model, batch, loss)
     except dpk.DPBiTFiTError as error:
-        status = "no biases" if "nothing to train" in str(error) else "refused"
-        return {"status": status, "why": str(error)[:300], "inputs": inputs}
+        if "nothing to train" in str(error):
+            return {"status": "no biases", "why": str(error)[:300], "inputs": inputs}
+        fault = plain_fault(plain, batch)
+        status = "refused"
+        if fault is None:
+            status = "no gradient of a bias"
+        elif not fault <= MIXED:
+            status = "no per-sample gradients"
+        return {"status": status, "why": str(error)[:300], "plain autograd": fault, "inputs": inputs}
     except Exception as error:  # noqa: BLE001  ours to mend
         return {"status": "failed", "why": f"{type(error).__name__}: {error}"[:300], "inputs": inputs}
+    right = check.worst <= TOLERANCE
     return {
-        "status": "right" if check.worst <= TOLERANCE else "inexact",
+        "status": "right" if right else "inexact",
         "worst": check.worst,
+        **({} if right else {"plain autograd": plain_fault(plain, batch)}),
         "trained": len(report.trained),
         "silent": len(check.silent),
         "one by one": sorted(set(report.one_by_one.values())),
