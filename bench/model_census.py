@@ -61,6 +61,11 @@ def static(kind: Any) -> dict[str, Any]:
     """How the biases of the default configuration are covered."""
     with torch.device("meta"):
         model = kind(kind.config_class())
+    return coverage(model)
+
+
+def coverage(model: nn.Module) -> dict[str, Any]:
+    """Where the biases of a model go."""
     biases = sum(1 for name, _ in model.named_parameters() if "bias" in name.rpartition(".")[2])
     try:
         dpk.convert_model(model)

@@ -32,7 +32,7 @@ class LayerNormLayer(_NormLayer):
     def forward(self, input: Tensor) -> Any:
         shape = self.normalized_shape
         if input.dim() <= len(shape) and self.unbatched():
-            return super().forward(input)
+            return nn.LayerNorm.forward(self, input)  # type: ignore[arg-type]
         if not self.lean or input.dim() <= len(shape) or math.prod(shape) == 0:
             return self.tap(F.layer_norm(input, shape, self.weight, self.plain_bias(), self.eps))
         compact = self.memory == "compact"

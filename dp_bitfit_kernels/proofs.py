@@ -1,0 +1,117 @@
+"""What is proven of the layout of a model's layers, for which calls it holds, and when it is asked again."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from . import layout
+from ._nested import form
+from ._validate import BatchLayoutError, EngineError
+from .layers import BiasLayer
+from .layout import modules_of
+
+
+class Proofs:
+    """Of one model in one private training run.
+
+    Guarantees:
+        Layers go by the proof of the present training modes and of the form of the present call, or by none.
+        The layout is asked on batches 1, 2, 4, 8, ..., on each new form of call and in each new set of training modes.
+
+    Attributes:
+        asked: whether the open batch was shown to the proof.
+        traced: inputs of a compiled forward of the open batch; nothing can be asked while a model is traced.
+        impossible: no layout can be proven: the batch was declared and is not to be seen in the inputs.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[BiasLayer]):
+        self.model, self.layers = model, layers
+        self.asked = False
+        self.traced: tuple[Any, Any] | None = None
+        self.impossible = False
+        self._known: dict[bytes, dict[Any, layout.Proof]] = {}  # training modes -> form of call -> proof
+        self._applied: layout.Proof | None = None  # what the layers go by
+
+    def modes(self) -> bytes:
+        """A model may mix samples, or write a buffer, in training mode only: each combination is proven by itself."""
+        return bytes([module.training for module in modules_of(self.model)])
+
+    @property
+    def settled(self) -> bool:
+        """Whether all that is asked of the model in its present modes has been asked once."""
+        return self.impossible or self.modes() in self._known
+
+    def open(self) -> None:
+        """A new batch."""
+        self.asked, self.traced = False, None
+
+    def before_forward(self, args: Any, kwargs: Any, batch: int, opened: int) -> None:
+        """Let the layers go by what is proven of this call; ask where nothing is.
+
+        opened: number of batches so far, with this one.
+
+        Raises:
+            BatchLayoutError: see ``layout.prove``.
+        """
+        if self.asked:
+            return
+        # What batches hold may change what a model does with them: asked again, ever more rarely.
+        again = opened & (opened - 1) == 0
+        known = self._known.get(self.modes(), {}).get(form((args, kwargs)))
+        if again or known is None:
+            self._prove(args, kwargs, batch)
+        elif known is not self._applied:  # a call of another form before may have arranged layers otherwise
+            self._apply(known)
+
+    def before_step(self, batch: int, declared: bool) -> None:
+        """Ask what the forward could not: the model was compiled, or only modules inside it were called.
+
+        Raises:
+            BatchLayoutError: also where compiled code took the layout for another.
+            EngineError: nothing was seen that could be asked.
+        """
+        if self.asked or self.settled:
+            return
+        if self.traced is not None:
+            self._prove(*self.traced, batch, late=True)
+        elif declared:
+            self._warn("only modules inside the private model were called")
+        else:
+            raise EngineError(
+                "only modules inside the private model were called, not the model itself: the layout of its layers "
+                "cannot be proven. Call the model once on a batch, or declare the batch: `with engine.batch(B):`"
+            )
+
+    def _prove(self, args: Any, kwargs: Any, batch: int, late: bool = False) -> None:
+        """Prove the layout, and tell the layers; ``late``: after a forward that relied on what they knew before."""
+        self.asked = True
+        if batch not in layout.leading_sizes(args, kwargs):
+            self._warn("no tensor input of the model has the batch as its leading dimension")
+            return
+        modes = self.modes()
+        proof = layout.prove(self.model, args, kwargs, batch, self.layers)
+        unlike = proof.unlike_before() if late else []
+        self._apply(proof)
+        if unlike:
+            raise BatchLayoutError(
+                f"the compiled model took the rows of layer {unlike[0]!r} for samples, which they are not. Now its "
+                "layout is known: compile the model again (torch.compiler.reset()), or run one eager forward before"
+            )
+        if proof.complete:  # else the next batch is asked again
+            self._known.setdefault(modes, {})[form((args, kwargs))] = proof
+
+    def _apply(self, proof: layout.Proof) -> None:
+        proof.apply()
+        self._applied = proof
+
+    def _warn(self, why: str) -> None:
+        if not self.impossible:
+            self.impossible = True
+            warnings.warn(
+                f"{why}: the layout of the layers cannot be proven with one more sample, only their leading sizes are "
+                "checked",
+                stacklevel=5,
+            )
