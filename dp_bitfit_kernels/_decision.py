@@ -46,7 +46,7 @@ def decide(
     whole: ModuleRule,
     used: Usage | None,
     memory: str,
-    unfit: list[nn.Module],
+    unfit: dict[nn.Module, str],
     silent: dict[int, Part],
 ) -> Plan:
     _check_statistics(sites)
@@ -84,7 +84,8 @@ def decide(
     _refuse(refused, chosen)
     if not wanted:
         raise ConversionError(_nothing_to_train(tensors, reasons))
-    alone = hosts.outermost()
+    alone = _around_shared(hosts, tensors, wanted, refused)
+    _refuse(refused, chosen)
     for index, owners in wanted.items():
         wanted[index] = _given_by(alone, tensors[index], owners)
     plan = _plan(sites, tensors, wanted, reasons, used, memory, alone)
@@ -93,6 +94,33 @@ def decide(
         if part is not None and not any(id(site) in head for site, _ in tensors[index].owners):
             plan.keep_still(tensors[index], owners, part)
     return plan
+
+
+def _around_shared(
+    hosts: Hosts,
+    tensors: list[Slot],
+    wanted: dict[int, list[tuple[Site, str]]],
+    refused: dict[bool, list[tuple[str, str]]],
+) -> list[Site]:
+    """The hosts; a layer that is also called outside of the one that it lies in is given one around all its calls.
+
+    Inside a host it sees one sample, outside the batch: it can take the rows of one of them only.
+    """
+    while True:
+        alone = hosts.outermost()
+        shared = (index for index, owners in wanted.items() if any(_partly_inside(site, alone) for site, _ in owners))
+        index = next(shared, None)
+        if index is None:
+            return alone
+        host = hosts.of(tensors[index])
+        if isinstance(host, str):
+            refused[False].append((tensors[index].names[0], host))
+            return alone
+        hosts.take(host)
+
+
+def _partly_inside(site: Site, hosts: list[Site]) -> bool:
+    return not any(inside(site, host) for host in hosts) and any(below(n, host) for n in site.names for host in hosts)
 
 
 def _used_beside(tensor: Slot, owners: list[tuple[Site, str]], head: set[int]) -> bool:

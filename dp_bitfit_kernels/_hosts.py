@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from . import layers
-from ._survey import Site, Slot, own_names
+from ._survey import Site, Slot
+from .layers.one_by_one import OneByOneLayer
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -17,13 +18,14 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 class Hosts:
     """Modules run one sample at a time.
 
-    around: modules that cannot be hosts themselves, as found by running them; the one around each is taken instead.
+    around: modules that cannot be hosts themselves, and why, as found by running them; the one around each is taken
+        instead.
     called: ids of the modules that a sample batch calls; None where none was given.
     """
 
-    def __init__(self, sites: Sequence[Site], around: Iterable[nn.Module], called: set[int] | None):
+    def __init__(self, sites: Sequence[Site], around: Mapping[nn.Module, str], called: set[int] | None):
         self._sites = {name: site for site in sites for name in site.names}
-        self._unfit = {id(module) for module in around}
+        self._unfit = {id(module): why for module, why in around.items()}
         self._called = called
         self._chosen: dict[int, Site] = {}
 
@@ -33,13 +35,16 @@ class Hosts:
             return f"its dtype is {tensor.parameter.dtype}: only real floating-point parameters can be trained"
         if tensor.parameter.is_inference():
             return "it was made under torch.inference_mode, so it can never require a gradient"
+        if any(getattr(site.module, "max_norm", None) is not None for site, _ in tensor.owners):
+            return "its module scales it in place in each forward (max_norm)"
         name = common([name for site, _ in tensor.owners for name in site.names])
         while True:
             site = self._sites[name]
             if self._fits(site):
                 return site
             if not name:
-                return f"{type(site.module).__name__}: {site.obstacle or 'it cannot be run one sample at a time'}"
+                why = self._unfit.get(id(site.module)) or site.obstacle or "it cannot be run one sample at a time"
+                return f"{type(site.module).__name__}: {why}"
             name = common([own.rpartition(".")[0] for own in site.names])
 
     def _fits(self, site: Site) -> bool:
@@ -50,7 +55,7 @@ class Hosts:
             or site.functional
             or "forward" in module.__dict__
             or type(module).forward is nn.Module.forward
-            or layers.base.NAMES & own_names(module)
+            or bool(layers.base.shadowed(module, OneByOneLayer))
             or (self._called is not None and id(module) not in self._called)
             or common(site.names) not in site.names  # used in several places: the one around them all
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -51,18 +52,36 @@ def _mapping(value: Mapping[Any, Any], change: Callable[[Tensor], Tensor]) -> An
     return type(value)({k: map_tensors(v, change) for k, v in value.items()})  # type: ignore[call-arg]
 
 
-def form(value: Any) -> tuple[Any, ...]:
+def plain_in(value: Any) -> Iterator[Any]:
+    """Every number, word, flag and None in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from plain_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from plain_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from plain_in(getattr(value, f.name))
+    elif value is None or isinstance(value, bool | int | float | complex | str | Enum):
+        yield value
+
+
+def form(value: Any, numbers: bool = False) -> tuple[Any, ...]:
     """What stays the same of a call when the batch or the lengths change: where its tensors are, and of how many
-    dimensions; of the rest, what is None, and flags and words."""
+    dimensions; of the rest, what is None, and flags, words and members of enumerations; ``numbers``: whole ones, too.
+    """
     if isinstance(value, Tensor):
         return (value.dim(),)
     if isinstance(value, Mapping):
-        return tuple((str(key), form(item)) for key, item in value.items())
+        return tuple((str(key), form(item, numbers)) for key, item in value.items())
     if isinstance(value, tuple | list):
-        return tuple(form(item) for item in value)
+        return tuple(form(item, numbers) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return tuple((f.name, form(getattr(value, f.name))) for f in dataclasses.fields(value))
-    return (value,) if isinstance(value, bool | str) else (value is None,)
+        return tuple((f.name, form(getattr(value, f.name), numbers)) for f in dataclasses.fields(value))
+    if isinstance(value, bool | str | Enum) or (numbers and isinstance(value, int)):
+        return (value,)
+    return (value is None,)
 
 
 def strangers(value: Any) -> Iterator[str]:
@@ -80,4 +99,4 @@ def strangers(value: Any) -> Iterator[str]:
         yield type(value).__name__
 
 
-_PLAIN = (Tensor, bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, slice, range)
+_PLAIN = (Tensor, bool, int, float, complex, str, Enum, torch.dtype, torch.device, torch.memory_format, slice, range)

@@ -39,7 +39,7 @@ def without_signal(model: nn.Module) -> dict[int, Part]:
     """id of a bias -> the part of it whose gradient is zero whatever the input."""
     found: dict[int, Part] = {}
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
             bias = module.in_proj_bias
             if bias is not None and module.bias_k is None and not module.add_zero_attn:
                 width = module.embed_dim

@@ -105,7 +105,9 @@ def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool
         kind is None or any(nn.utils.parametrize.is_parametrized(module, own) for own in kind.bias_names)
     ):
         return "it is parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
-    taken = [] if layers.is_converted(module) else sorted(layers.base.NAMES & own_names(module))
+    taken = []
+    if kind is not None and not layers.is_converted(module):
+        taken = layers.base.shadowed(module, kind.mixin)
     if kind is not None and taken:
         return f"it has attributes of its own that conversion needs: {', '.join(taken)}"
     if kind is not None:
@@ -120,12 +122,6 @@ def _is_global(module: nn.Module) -> bool:
     """transformers.activations holds modules (``gelu``, ...) that models of every kind take as they are."""
     activations = sys.modules.get("transformers.activations")
     return activations is not None and any(held is module for held in vars(activations).values())
-
-
-def own_names(module: nn.Module) -> set[str]:
-    """Names of everything that is set on the instance."""
-    parts = (module._parameters, module._buffers, module._modules)
-    return {*vars(module), *(name for part in parts for name in part.keys())}  # noqa: SIM118  a scripted module's is no dict
 
 
 @dataclasses.dataclass(frozen=True)

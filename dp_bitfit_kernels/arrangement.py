@@ -28,6 +28,15 @@ class Arrangement:
     folds: frozenset[int] = frozenset({1})
     follows: frozenset[tuple[int, int]] = frozenset()
 
+    @property
+    def of_these_sizes(self) -> bool:
+        """Whether it is best asked again for inputs of other sizes: windows of an image, not tokens of a sequence.
+
+        Where k is the size of two dimensions of one input, it may be neither's.
+        """
+        plain = bool(self.follows) and len({i for i, _ in self.follows}) == len(self.follows)
+        return not plain and any(k > 1 for k in self.folds)
+
     def holds(self, shape: tuple[int, ...], batch: int, inputs: list[tuple[int, ...]]) -> bool:
         """Whether an output of this shape can hold ``batch`` samples as was proven.
 

@@ -15,6 +15,7 @@ from . import backends, layout
 from ._nested import map_tensors, tensors_in
 from ._plan import groups
 from ._survey import undisturbed
+from ._trial import python_generators_kept
 from ._validate import BatchLayoutError, EngineError
 from .clipping import resolve
 from .ledger import Entry, Ledger, find_entries
@@ -94,7 +95,7 @@ def check_model(
         raise EngineError(f"sample_batch has {batch} sample(s): at least 2 are needed to see whether they mix")
     trial = _Trial(model, entries, loss or _own_loss, loss_reduction == "mean", batch)
     allowed = TOLERANCES.get(entries[0].parameter.dtype, 3e-2) if tolerance is None else tolerance
-    with _gradients_kept(model), undisturbed(model), layout.python_generators_kept():
+    with _gradients_kept(model), undisturbed(model), python_generators_kept():
         rows = trial.engine_rows(sample_batch)
         model.eval()
         whole = trial.loss(model, sample_batch).detach()

@@ -19,6 +19,7 @@ from ._selection import BiasRule, ModuleRule, bias_rule, module_rule
 from ._signal import without_signal
 from ._survey import Site, Slot, Usage, arguments, survey, undisturbed, usage
 from ._validate import BatchLayoutError, ConversionError
+from .evidence import INSTEAD
 from .layers.one_by_one import OneByOneLayer
 from .report import NOT_A_BIAS, ConversionReport
 
@@ -173,24 +174,24 @@ def _settle(
     sample_batch: Any,
 ) -> Plan:
     """Swap the layers in; again, with the modules around them, for those whose rows are not samples of the batch."""
-    unfit: list[nn.Module] = []
+    unfit: dict[nn.Module, str] = {}  # and why
     silent = without_signal(model) if chosen.informative else {}
     while True:
         plan = decide(sites, tensors, chosen, whole, used, memory, unfit, silent)
         _swap(plan, backend, memory)
-        more = [] if used is None else _unheld(model, sample_batch, plan)
+        more = {} if used is None else _unheld(model, sample_batch, plan)
         if not more:
             return plan
-        unfit += more
+        unfit.update(more)
 
 
-def _unheld(model: nn.Module, sample_batch: Any, plan: Plan) -> list[nn.Module]:
-    """Converted layers whose rows are not the samples' on the sample batch; then the swaps of the plan are undone."""
+def _unheld(model: nn.Module, sample_batch: Any, plan: Plan) -> dict[nn.Module, str]:
+    """Converted layers whose rows are not the samples' on the sample batch, and why; then the swaps are undone."""
     args, kwargs = arguments(sample_batch)
     sizes = layout.leading_sizes(args, kwargs)
     converted = [site.module for site, kind, _ in plan.swap if issubclass(kind.mixin, layers.BiasLayer)]
     if len(sizes) != 1:  # the engine asks, once its batch is declared
-        return []
+        return {}
     try:
         with undisturbed(model):
             model.eval()
@@ -199,11 +200,11 @@ def _unheld(model: nn.Module, sample_batch: Any, plan: Plan) -> list[nn.Module]:
         _undo(plan)
         if not error.layers:
             raise
-        return list(error.layers)
+        return dict.fromkeys(error.layers, str(error).replace(f". {INSTEAD}", ""))
     except BaseException:
         _undo(plan)
         raise
-    return []
+    return {}
 
 
 def _swap(plan: Plan, backend: str, memory: str) -> None:

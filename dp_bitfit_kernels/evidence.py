@@ -156,20 +156,23 @@ def _joined(before: Arrangement | None, way: tuple[str, int], shapes: list[tuple
     return before if before is PLAIN and k == 1 else Arrangement(kind, folds, follows)
 
 
+_OF_MODULES = ("_parameters", "_buffers", "_modules", "leaves")
+
+
 @dataclasses.dataclass
 class Watch:
     """What a layer that is run one sample at a time must leave as it is, beside its output."""
 
     given: list[int]  # ids of the tensors in its arguments
-    held: dict[tuple[int, str], int]  # (id of a module, attribute) -> id of the tensor
+    held: dict[tuple[int, str], list[int]]  # (id of a module, attribute) -> ids of the tensors in it
 
     @staticmethod
     def of(layer: OneByOneLayer, arguments: Any) -> Watch:
         held = {
-            (id(module), name): id(value)
+            (id(module), name): [id(tensor) for tensor in tensors_in(value)]
             for module in layer.modules()
             for name, value in vars(module).items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor | list | tuple | dict) and name not in _OF_MODULES
         }
         return Watch([id(tensor) for tensor in tensors_in(arguments)], held)
 
@@ -235,6 +238,7 @@ def calls(
     """
     found: dict[OneByOneLayer, dict[tuple[Any, ...], Call]] = {}
     slices = [kept for _, _, kept in pairs]
+    faults: list[BatchLayoutError] = []
     for small, own in zip(fewer, _side_by_side(pairs), strict=False):
         layer = small.layer
         if small.strange:
@@ -244,13 +248,17 @@ def calls(
                 [layer],
             )
         runs = [small, *(call for pair in own for call in pair)]
-        inputs = tuple(_axis(layer, cuts, slices, batch) for cuts in zip(*(run.inputs for run in runs), strict=True))
         outputs = []
-        for cuts in zip(*(run.outputs for run in runs), strict=True):
-            axis = _axis(layer, cuts, slices, batch)
-            if axis is None:  # who takes it may count on one for all samples
-                raise _not_held(layer, cuts[0].shape, batch)
-            outputs.append(axis)
+        try:
+            inputs = tuple(_axis(layer, c, slices, batch) for c in zip(*(run.inputs for run in runs), strict=True))
+            for cuts in zip(*(run.outputs for run in runs), strict=True):
+                axis = _axis(layer, cuts, slices, batch)
+                if axis is None:  # who takes it may count on one for all samples
+                    raise _not_held(layer, cuts[0].shape, batch)
+                outputs.append(axis)
+        except BatchLayoutError as error:
+            faults.append(error)
+            continue
         known = found.setdefault(layer, {})
         input_folds, output_folds = (
             tuple(_fold(cut, axis, batch, shapes) for cut, axis in zip(cuts, axes, strict=True))
@@ -263,6 +271,8 @@ def calls(
                 "dimensions of its tensors",
                 [layer],
             )
+    if faults:
+        raise BatchLayoutError(str(faults[0]), list(dict.fromkeys(layer for fault in faults for layer in fault.layers)))
     return {layer: tuple(known.values()) for layer, known in found.items()}
 
 

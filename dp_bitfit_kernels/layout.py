@@ -9,19 +9,16 @@ itself returns must be a sum or mean over samples.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import _slices, evidence
-from ._nested import form, map_tensors, tensors_in
+from ._nested import tensors_in
+from ._trial import FAILURES, MIXED, Calls, Trial, another_row
 from ._validate import BatchLayoutError
 from .arrangement import PLAIN, Arrangement
 from .layers import BiasLayer
@@ -72,6 +69,14 @@ class Proof:
     calls: dict[OneByOneLayer, tuple[Call, ...]]
     tried: list[OwnForwardLayer]
 
+    @property
+    def of_these_sizes(self) -> bool:
+        """Whether inputs of other sizes have to be asked by themselves."""
+        folds = (
+            fold for calls in self.calls.values() for call in calls for fold in call.input_folds + call.output_folds
+        )
+        return any(found.of_these_sizes for found in (*self.arrangements.values(), *folds))
+
     def unlike_before(self) -> list[str]:
         """Names of layers that were taken for arranged in another way than is proven, or were not known."""
         arranged = [layer.layer_name for layer, found in self.arrangements.items() if layer.arrangement != found]
@@ -104,16 +109,16 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
         BatchLayoutError: naming the layer whose output does not follow the batch or whose rows are not the samples, or
             saying that the model mixes samples, or that it cannot be run with one more row.
     """
-    trial = _Trial(model, args, kwargs, batch, layers)
-    other = _another_row(args, kwargs, batch)
-    added = (0,) if other is None else (0, other, _MIXED) if other >= 0 else (0, other)
+    trial = Trial(model, args, kwargs, batch, layers)
+    other = another_row(args, kwargs, batch)
+    added = (0,) if other is None else (0, other, MIXED) if other >= 0 else (0, other)
     samples = range(batch)
     alone = any(isinstance(layer, OneByOneLayer) for layer in layers)
     try:
         behind = [trial.run([*samples, row], first=not n) for n, row in enumerate(added)]
         ahead = [trial.run([row, *samples]) for row in added[:2]] if other is not None else []
         same = trial.run([*samples]) if alone else None
-    except _FAILURES as error:
+    except FAILURES as error:
         raise BatchLayoutError(
             f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} ({error})"
         ) from error
@@ -125,10 +130,8 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
     calls = evidence.calls(called, same.called if same else [], batch, shapes)
     if calls:
         at_once = trial.run([*samples], calls=calls).at_once
-        calls = {
-            alone: tuple(dataclasses.replace(call, at_once=(alone, call.form) in at_once) for call in known)
-            for alone, known in calls.items()
-        }
+        calls = _with(calls, lambda alone, call: (alone, call.form) in at_once)
+        calls = _require_same_around(trial, calls)
     for first, last, kept in pairs:
         _require_apart(list(tensors_in(first.output)), list(tensors_in(last.output)), kept, batch)
         for name, value in first.buffers.items():
@@ -143,113 +146,49 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
     return Proof(other is not None, arrangements, calls, tried)
 
 
-_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
+def _with(calls: Calls, at_once: Callable[[OneByOneLayer, Call], bool]) -> Calls:
+    return {
+        alone: tuple(dataclasses.replace(call, at_once=at_once(alone, call)) for call in known)
+        for alone, known in calls.items()
+    }
 
 
-@dataclasses.dataclass
-class _Run:
-    """What one run of the model showed."""
+def _require_same_around(trial: Trial, calls: Calls) -> Calls:
+    """The model's outputs are the same when modules are run on each sample by itself, in evaluation mode.
 
-    output: Any
-    seen: list[evidence.Seen]  # one for each call of a converted layer
-    called: list[evidence.Called]  # one for each call of a layer that is run one sample at a time
-    buffers: dict[str, Tensor]  # after the run
-    at_once: set[tuple[OneByOneLayer, tuple[Any, ...]]]  # forms of calls that vmap runs, of those that were tried
+    Else something leaves them that is not in their outputs: a list that is appended to, a hook, a number. Where it is
+    so under vmap alone, they go through a loop.
 
-
-@contextlib.contextmanager
-def python_generators_kept() -> Iterator[None]:
-    """Python's and NumPy's generators, too: stochastic depth and layer drop use them in some models."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the one that models use
+    Raises:
+        BatchLayoutError: naming them.
+    """
+    samples = [*range(trial.batch)]
+    modes = [(module, module.training) for module in trial.model.modules()]
+    trial.model.eval()
     try:
-        yield
+        whole = trial.run(samples).output
+
+        def runs(tried: Calls) -> bool:
+            try:
+                return _slices.alike(whole, trial.run(samples, instead=tried).output)
+            except FAILURES:
+                return False
+
+        if runs(calls):
+            return calls
+        looped = _with(calls, lambda alone, call: False)
+        if runs(looped):
+            return looped
+        wrong: list[BiasLayer] = [alone for alone in calls if not runs({alone: looped[alone]})]
     finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
-
-
-@dataclasses.dataclass
-class _Trial:
-    """Runs the model on rows of its inputs; generators and buffers are as before afterwards."""
-
-    model: nn.Module
-    args: Any
-    kwargs: Any
-    batch: int
-    layers: list[BiasLayer]
-
-    def run(
-        self, rows: list[int], first: bool = False, calls: dict[OneByOneLayer, tuple[Call, ...]] | None = None
-    ) -> _Run:
-        """One run on these rows of the inputs.
-
-        first: layers with a forward of their own are tried in it. calls: layers run one sample at a time are compared
-        with themselves.
-        """
-        run = _Run(None, [], [], {}, set())
-        at_once: dict[tuple[OneByOneLayer, tuple[Any, ...]], bool] = {}
-        watches: dict[OneByOneLayer, evidence.Watch] = {}
-
-        def look(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-            if first and isinstance(layer, OwnForwardLayer) and not layer.adds_its_bias_last(args, kwargs):
-                raise BatchLayoutError(
-                    f"layer {layer.layer_name!r} has a forward of its own, and in this model its bias is not what it "
-                    "adds last. Leave it frozen, or convert the model with sample_batch=, which runs the module around "
-                    "it one sample at a time",
-                    [layer],
-                )
-            output = output[0] if isinstance(output, tuple) else output
-            if isinstance(output, Tensor):
-                run.seen.append(evidence.Seen.of(layer, output, len(rows)))
-
-        def look_before(layer: Any, args: Any, kwargs: Any) -> None:
-            watches[layer] = evidence.Watch.of(layer, (args, kwargs))
-
-        def look_around(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-            watches.pop(layer).check(layer, (args, kwargs))
-            if calls is not None and layer.mixin is OneByOneLayer:
-                own = form((args, kwargs))
-                call = next(call for call in calls[layer] if call.form == own)
-                _slices.require_same(layer, call, (args, kwargs), len(rows))
-                tried = _slices.works_at_once(layer, call, (args, kwargs), len(rows))
-                at_once[layer, own] = at_once.get((layer, own), True) and tried
-            run.called.append(evidence.Called.of(layer, (args, kwargs), output, len(rows)))
-
-        handles = [
-            layer.register_forward_hook(look_around, with_kwargs=True)
-            if isinstance(layer, OneByOneLayer)
-            else layer.register_forward_hook(look, with_kwargs=True)
-            for layer in self.layers
-            if layer.trained
-        ]
-        handles += [
-            layer.register_forward_pre_hook(look_before, with_kwargs=True)
-            for layer in self.layers
-            if layer.trained and isinstance(layer, OneByOneLayer)
-        ]
-        devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
-        owned = [
-            (module, name, own, buffer, buffer.clone())
-            for name, module in self.model.named_modules()
-            for own, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices), python_generators_kept():
-                chosen = map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
-                run.output = self.model(*chosen[0], **chosen[1])
-            for module, name, own, _, _ in owned:
-                value = module._buffers[own]
-                if value is not None:
-                    run.buffers[f"{name}.{own}" if name else own] = value.clone()
-            run.at_once.update(key for key, works in at_once.items() if works)
-        finally:
-            for handle in handles:
-                handle.remove()
-            with torch.no_grad():
-                for module, _, own, buffer, before in owned:
-                    module._buffers[own] = buffer.copy_(before)  # also where the model put another tensor there
-        return run
+        for module, mode in modes:
+            module.training = mode
+    wrong = wrong or list(calls)
+    raise BatchLayoutError(
+        f"the model gives other outputs when layer {wrong[0].layer_name!r} is run one sample at a time: something "
+        f"leaves it that is not in its outputs (a list that it appends to, a hook that records). {evidence.INSTEAD}",
+        wrong,
+    )
 
 
 def loss_in(output: Any) -> Tensor | None:
@@ -263,7 +202,7 @@ def loss_in(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.dim() == 0 and output.is_floating_point() else None
 
 
-def _require_loss_of_samples(trial: _Trial) -> None:
+def _require_loss_of_samples(trial: Trial) -> None:
     """Of a sum or a mean over samples F, F(0, 0) + F(k, k) = F(0, k) + F(k, 0) on batches of two.
 
     The same samples stand at the same places on both sides, so that random masks cancel.
@@ -272,7 +211,7 @@ def _require_loss_of_samples(trial: _Trial) -> None:
     for other in sorted({1, batch // 3, 2 * batch // 3, batch - 1} - {0}):
         try:
             found = [loss_in(trial.run([a, b]).output) for a in (0, other) for b in (0, other)]
-        except _FAILURES:  # a model that cannot run on two samples is not asked
+        except FAILURES:  # a model that cannot run on two samples is not asked
             return
         losses = torch.stack([loss.double() for loss in found if loss is not None])
         if losses.numel() < 4 or not bool(losses[1:3].isfinite().all()):
@@ -285,44 +224,6 @@ def _require_loss_of_samples(trial: _Trial) -> None:
                 "the others (a mean over tokens that are not padding, class weights, in-batch negatives). Clipping "
                 "cannot bound a sample's influence on such a loss: take the loss of each sample, then their mean"
             )
-
-
-def _take(tensor: Tensor, batch: int, rows: list[int]) -> Tensor:
-    if tensor.dim() == 0 or tensor.shape[0] != batch:
-        return tensor
-    taken = tensor[torch.tensor([max(row, 0) for row in rows], device=tensor.device)]
-    if -1 in rows:
-        taken[rows.index(-1)] = _changed(tensor[0])
-    if _MIXED in rows:
-        unlike = (tensor != tensor[:1]).flatten(1).any(1) if tensor.dim() > 1 else tensor != tensor[0]
-        # The last that differs: the other added row is the first.
-        taken[rows.index(_MIXED)] = (
-            tensor[batch - 1 - int(unlike.flip(0).int().argmax())] if unlike.any() else tensor[0]
-        )
-    return taken
-
-
-_MIXED = -2  # of each input another row than the first
-
-
-def _changed(row: Tensor) -> Tensor:
-    """Another valid content for a row: signs turned, or the same numbers in another order, or one less."""
-    if row.dtype == torch.bool:
-        return row
-    if row.is_floating_point() or row.is_complex():
-        return 1 - row
-    return row.flip(-1) if row.dim() and not bool((row == row.flip(-1)).all()) else (row - 1).clamp(min=0)
-
-
-def _another_row(args: Any, kwargs: Any, batch: int) -> int | None:
-    """A row whose content differs from row 0 in some input; where all are alike, -1: row 0 changed; None: neither."""
-    for tensor in tensors_in((args, kwargs)):
-        if batch > 1 and tensor.dim() > 0 and tensor.shape[0] == batch:
-            different = (tensor[1:] != tensor[:1]).flatten(1).any(1) if tensor.dim() > 1 else tensor[1:] != tensor[0]
-            if bool(different.any()):
-                return 1 + int(different.int().argmax())
-    changeable = (t[0] for t in tensors_in((args, kwargs)) if t.dim() > 0 and t.shape[0] == batch)
-    return -1 if any(not torch.equal(row, _changed(row)) for row in changeable) else None
 
 
 def _require_apart(first_output: list[Tensor], last_output: list[Tensor], kept: slice, batch: int) -> None:

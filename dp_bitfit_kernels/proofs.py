@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from . import layout
-from ._nested import form
+from ._nested import form, tensors_in
 from ._validate import BatchLayoutError, EngineError
 from .layers import BiasLayer
 from .layout import modules_of
@@ -19,7 +19,8 @@ class Proofs:
 
     Guarantees:
         Layers go by the proof of the present training modes and of the form of the present call, or by none.
-        The layout is asked on batches 1, 2, 4, 8, ..., on each new form of call and in each new set of training modes.
+        The layout is asked on batches 1, 2, 4, 8, ..., on each new form of call, in each new set of training modes,
+        and, where windows of fixed sizes are folded into the batch, for each new size of the inputs.
 
     Attributes:
         asked: whether the open batch was shown to the proof.
@@ -32,7 +33,7 @@ class Proofs:
         self.asked = False
         self.traced: tuple[Any, Any] | None = None
         self.impossible = False
-        self._known: dict[bytes, dict[Any, layout.Proof]] = {}  # training modes -> form of call -> proof
+        self._known: dict[bytes, dict[Any, layout.Proof]] = {}  # training modes -> form of call, sizes -> proof
         self._applied: layout.Proof | None = None  # what the layers go by
 
     def modes(self) -> bytes:
@@ -60,7 +61,7 @@ class Proofs:
             return
         # What batches hold may change what a model does with them: asked again, ever more rarely.
         again = opened & (opened - 1) == 0
-        known = self._known.get(self.modes(), {}).get(form((args, kwargs)))
+        known = self._of((args, kwargs))
         if again or known is None:
             self._prove(args, kwargs, batch)
         elif known is not self._applied:  # a call of another form before may have arranged layers otherwise
@@ -101,7 +102,12 @@ class Proofs:
                 "layout is known: compile the model again (torch.compiler.reset()), or run one eager forward before"
             )
         if proof.complete:  # else the next batch is asked again
-            self._known.setdefault(modes, {})[form((args, kwargs))] = proof
+            sizes = _sizes((args, kwargs)) if proof.of_these_sizes else None
+            self._known.setdefault(modes, {})[form((args, kwargs), numbers=True), sizes] = proof
+
+    def _of(self, arguments: Any) -> layout.Proof | None:
+        known, asked = self._known.get(self.modes(), {}), form(arguments, numbers=True)
+        return known.get((asked, None)) or known.get((asked, _sizes(arguments)))
 
     def _apply(self, proof: layout.Proof) -> None:
         proof.apply()
@@ -115,3 +121,8 @@ class Proofs:
                 "checked",
                 stacklevel=5,
             )
+
+
+def _sizes(arguments: Any) -> tuple[tuple[int, ...], ...]:
+    """Of every tensor but for the leading dimension."""
+    return tuple(tuple(tensor.shape[1:]) for tensor in tensors_in(arguments))

@@ -27,8 +27,11 @@ def scan(model: str, **options: Any) -> ConversionReport:
     Raises:
         ConversionError: the model cannot be found or built, or not be converted as asked.
     """
-    with torch.device("meta"):
-        network = _build(model)
+    try:
+        with torch.device("meta"):
+            network = _build(model)
+    except _FAILURES as error:
+        raise ConversionError(f"scan: {model!r} cannot be built: {type(error).__name__}: {error}") from error
     return conversion_report(convert_model(network, **options))
 
 
@@ -38,15 +41,16 @@ def report_of(model: str, as_json: bool, **options: Any) -> str:
     return json.dumps(report.to_dict(), indent=1) if as_json else str(report)
 
 
+# What a constructor may raise: it wants arguments, reads values that the meta device does not have, needs a file.
+_FAILURES = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, OSError)
+
+
 def _build(model: str) -> nn.Module:
     if model.startswith("timm:"):
         network: Any = _library("timm").create_model(model.removeprefix("timm:"))
     elif ":" in model and not Path(model).exists():
         module, _, name = model.partition(":")
-        try:
-            network = getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError, TypeError) as error:  # a class that wants arguments, too
-            raise ConversionError(f"scan: {model!r}: {error}") from error
+        network = getattr(importlib.import_module(module), name)()
     else:
         network = _of_transformers(model)
     if not isinstance(network, nn.Module):

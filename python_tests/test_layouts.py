@@ -333,31 +333,6 @@ def test_layers_know_their_arrangement_only_from_a_proof() -> None:
     assert "arrangement" not in model.norm.__dict__
 
 
-class SortedByLength(nn.Module):
-    """Sorts the batch by length, as encoders of packed sequences do; equal lengths stay where they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # a token that starts with 0 is padding
-        order = (x[..., 0] != 0).sum(1).argsort(descending=True, stable=True)
-        h = torch.tanh(self.inner(x[order]))
-        return self.out(h[order.argsort()]).mean(1)
-
-
-def test_a_layout_that_changes_with_what_batches_hold_is_asked_again() -> None:
-    torch.manual_seed(0)
-    _, model, optimizer, _ = private(SortedByLength(), n=4, dims=(5, WIDTH), poisson_sampling=False)
-    full = torch.randn(4, 5, WIDTH)
-    loss(model, full).backward()
-    optimizer.step()
-    mixed = full.clone()
-    mixed[0, 2:, 0] = mixed[2, 4:, 0] = 0.0
-    with pytest.raises(BatchLayoutError, match="'inner'"):
-        loss(model, mixed)
-
-
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_mixing_through_one_input_alone_is_seen(place: int) -> None:
     """Divides by what the masks of the batch hold: rows 0 and 1 may agree in it."""
@@ -379,34 +354,3 @@ def test_mixing_through_one_input_alone_is_seen(place: int) -> None:
     _, model, _, _ = attach(dpk.convert_model(ByMask()), torch.randn(4, 1), poisson_sampling=False)
     with pytest.raises(BatchLayoutError, match="changes with another"):
         model(**batch)
-
-
-class EitherWay(nn.Module):
-    """Time-major or batch-major inside, by a flag."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(WIDTH, 3)
-
-    def forward(self, x: Tensor, time_major: bool) -> Tensor:  # [B, T, C]
-        if time_major:
-            return torch.tanh(self.inner(x.transpose(0, 1))).mean(0)
-        return torch.tanh(self.inner(x)).mean(1)
-
-
-def test_each_form_of_call_goes_by_its_own_proof() -> None:
-    torch.manual_seed(0)
-    _, model, optimizer, _ = attach(dpk.convert_model(EitherWay()), torch.randn(4, 1), poisson_sampling=False)
-    x = torch.randn(4, 4, WIDTH)  # T = B: no size tells
-    rows = {}
-    for turn, time_major in enumerate((True, True, False, False, True, False)):  # 5 and 6 are not asked again
-        optimizer.zero_grad()
-        loss_of(model(x, time_major=time_major)).backward()
-        rows[turn] = model.inner.attachment._slab.rows.clone()
-        with torch.no_grad():
-            bias = model.inner.bias.clone()
-        optimizer.step()
-        with torch.no_grad():
-            model.inner.bias.copy_(bias)
-    for turn in (1, 2, 3, 4, 5):
-        torch.testing.assert_close(rows[turn], rows[0], rtol=1e-4, atol=1e-6)

@@ -86,6 +86,29 @@ class Scaled(nn.Linear):
         return F.linear(x, self.weight) + 0.5 * self.bias
 
 
+class PartlyDetached(nn.Linear):
+    """The output is right, the gradient a tenth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 0.1 * y + (0.9 * y).detach()
+
+
+class WithHook(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: -grad)
+        return y
+
+
+class WithoutGradient(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = super().forward(x)
+        return y + 0.0 * x.sum()
+
+
 class Quiet(nn.Linear):
     """Drops random features of its output in training."""
 
@@ -109,6 +132,8 @@ OTHERWISE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "twice as much in training": (lambda: TrainedOtherwise(6, 3), TOKENS),
     "half of it": (lambda: Scaled(6, 3), TOKENS),
     "dropped in training": (lambda: Quiet(6, 3), TOKENS),
+    "partly detached": (lambda: PartlyDetached(6, 3), TOKENS),
+    "turned by a hook": (lambda: WithHook(6, 3), TOKENS),
     "doubled": (lambda: OwnForward(6, 3), TOKENS),
 }
 
@@ -231,3 +256,11 @@ def test_what_was_tried_alone_is_tried_in_the_model(kind: Callable[[], nn.Module
     _, model, _, _ = attach(model, x, poisson_sampling=False)
     with pytest.raises(dpk.BatchLayoutError, match="not what it adds last"):
         loss(model, x)
+
+
+def test_a_bias_that_gets_no_gradient_gets_no_rows() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(WithoutGradient(6, 3), nn.Linear(3, 3)), torch.randn(4, *TOKENS)
+    check = dpk.check_model(dpk.convert_model(model), x, loss)
+    assert check.worst < 1e-6
+    assert check.silent == ("0.bias",)

@@ -25,7 +25,6 @@ STATE = (
     *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before", "arrangement", "leaves", "calls", "tried"),
 )
 _KEPT = STATE[:5]
-NAMES = frozenset(STATE)
 
 
 class ConvertedLayer(nn.Module):
@@ -46,6 +45,7 @@ class ConvertedLayer(nn.Module):
     still: Mapping[str, tuple[int, int]] = MappingProxyType({})
     converted_from: type[nn.Module]
     mixin: type[ConvertedLayer]
+    keeps_name = False  # whether the made class has the name of the module's: some classes are known by it
     keeps_little = False  # whether the lean form keeps next to nothing, rather than one tensor
 
     @property
@@ -298,14 +298,26 @@ def converted_class(cls: type[nn.Module], mixin: type[ConvertedLayer]) -> type[C
     found = _CLASSES.get((cls, mixin))
     if found is None:
         prefix = "Bias" if issubclass(mixin, BiasLayer) else "Lean"
-        own = {"converted_from": cls, "mixin": mixin, "__module__": __name__}
-        found = _CLASSES[cls, mixin] = type(f"{prefix}{cls.__name__}", (mixin, cls), own)
+        name, own = f"{prefix}{cls.__name__}", {"converted_from": cls, "mixin": mixin, "__module__": __name__}
+        if mixin.keeps_name:
+            name, own["__module__"], own["__qualname__"] = cls.__name__, cls.__module__, cls.__qualname__
+        found = _CLASSES[cls, mixin] = type(name, (mixin, cls), own)
     return found
 
 
 def convert_layer(module: nn.Module, kind: LayerKind) -> None:
     """Swap the class of ``module`` in place."""
     module.__class__ = converted_class(type(module), kind.mixin)
+
+
+def shadowed(module: nn.Module, mixin: type[ConvertedLayer]) -> list[str]:
+    """Names of the mixin that the module or its class has for something else."""
+    ours = {name for cls in mixin.__mro__ if issubclass(cls, ConvertedLayer) for name in vars(cls)}
+    parts = (vars(module), module._parameters, module._buffers, module._modules)
+    theirs = {name for part in parts for name in part.keys()}  # noqa: SIM118  a scripted module's is no dict
+    theirs |= {name for cls in type(module).__mro__ if cls not in nn.Module.__mro__ for name in vars(cls)}
+    shared = {name for name in (ours | set(STATE)) & theirs if not name.startswith("__")}
+    return sorted(shared - {"forward", "_abc_impl"})
 
 
 def restore_layer(module: nn.Module) -> None:

@@ -9,8 +9,9 @@ samples go through one forward; else (tokens routed by index, recurrent kernels)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class Call:
     at_once: bool = field(default=False, compare=False)
 
 
+class EscapedError(RuntimeError):
+    """A module kept a tensor that exists under vmap only."""
+
+
 class OneByOneLayer(BiasLayer):
     """Mixin in front of any class.
 
@@ -50,6 +55,7 @@ class OneByOneLayer(BiasLayer):
         calls: ways of calling it that the proof of the layout saw.
     """
 
+    keeps_name = True
     leaves: dict[str, Tensor]
     calls: tuple[Call, ...] = ()
 
@@ -61,8 +67,12 @@ class OneByOneLayer(BiasLayer):
         copies = {
             name: apply(SpreadFunction, self.get_parameter(name).detach(), leaf) for name, leaf in self.leaves.items()
         }
-        at_once = call.at_once and not torch.compiler.is_compiling()
-        return (self.mapped if at_once else self.sliced)(call, (args, kwargs), batch, copies)
+        if call.at_once and not torch.compiler.is_compiling():
+            try:
+                return self.mapped(call, (args, kwargs), batch, copies)
+            except RuntimeError:  # what this batch holds leads where vmap cannot go
+                self.__dict__["calls"] = tuple(replace(c, at_once=c.at_once and c is not call) for c in self.calls)
+        return self.sliced(call, (args, kwargs), batch, copies)
 
     def sliced(self, call: Call, arguments: Any, batch: int, copies: Mapping[str, Tensor]) -> Any:
         """The outputs of ``batch`` runs of one sample each, with the sample's own copies of parameters, as one.
@@ -92,9 +102,21 @@ class OneByOneLayer(BiasLayer):
             return list(tensors_in(structure))
 
         dims = ([axis for _, axis, _ in cuts], dict.fromkeys(copies, 0))
-        outputs = torch.func.vmap(one, in_dims=dims, randomness="different")(given, dict(copies))
+        with self.buffers_without_wrappers():
+            outputs = torch.func.vmap(one, in_dims=dims, randomness="different")(given, dict(copies))
         whole = [t.movedim(0, axis).flatten(axis, axis + 1) for t, axis in zip(outputs, call.outputs, strict=True)]
         return self.checked(replaced(structure, whole), call, batch)
+
+    @contextmanager
+    def buffers_without_wrappers(self) -> Iterator[None]:
+        """Refuse buffers made from what vmap runs on, which is nothing outside of it; they are put back."""
+        before = [(module, name, b) for module in self.modules() for name, b in module._buffers.items()]
+        yield
+        for module, name, buffer in before:
+            found = module._buffers.get(name)
+            if found is not None and torch._C._functorch.is_functorch_wrapped_tensor(found):
+                module._buffers[name] = buffer
+                raise EscapedError(f"layer {self.layer_name!r} makes its buffer {name!r} anew under vmap")
 
     def run_one(self, arguments: Any, own: Mapping[str, Tensor]) -> Any:
         """The class's own forward with these tensors in the places of parameters."""

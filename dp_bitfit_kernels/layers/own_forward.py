@@ -2,7 +2,8 @@
 
 Their forward runs as it is, with the bias cut off, and the tap takes the bias's gradient from the output. That is right
 where the output is something plus the bias along one known dimension. It is not believed but tried: on a random input,
-several changes of the bias must come out as they went in. What fails is run one sample at a time instead.
+several changes of the bias must come out as they went in, and the gradient that autograd gives the bias must be the one
+that the tap would take. What fails is run one sample at a time instead.
 """
 
 from __future__ import annotations
@@ -142,7 +143,22 @@ def _shows(run: Callable[[Tensor], Any], bias: Tensor, dim: int, generator: torc
         difference = run(bias + change) - before - change.view(along)
         if difference.numel() and not float(difference.abs().max()) <= room:
             return False
-    return True
+    return _passes_its_gradient(run, bias, dim, room / size, generator)
+
+
+def _passes_its_gradient(
+    run: Callable[[Tensor], Any], bias: Tensor, dim: int, room: float, generator: torch.Generator
+) -> bool:
+    """Whether autograd gives the bias what the tap takes: the sum of the output's gradient over all else."""
+    value = bias.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        output = run(value)
+        if not output.requires_grad:
+            return False
+        seed = torch.randn(output.shape, generator=generator).to(output)
+        (found,) = torch.autograd.grad(output, value, seed, allow_unused=True)
+    taken = seed.movedim(dim, -1).flatten(0, -2).sum(0)
+    return found is not None and float((found - taken).abs().max()) <= room * (float(seed.abs().sum(dim).max()) + 1.0)
 
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from sabotage import Sabotage
 
 LAYOUTS, ALONE, OWN = "test_layouts.py", "test_one_by_one.py", "test_own_forward.py"
-REFUSALS = "test_one_by_one_refusals.py"
+REFUSALS, PROOFS = "test_one_by_one_refusals.py", "test_proofs.py"
+ATTACKED = "test_alone_attacks.py"
 CHECK = f"{LAYOUTS}::TestCheckModel"
+UNCOMPARED = ("layout.py", "        calls = _require_same_around(trial, calls)\n", "")
 COMPARED = "            if calls is not None and layer.mixin is OneByOneLayer:\n"
 
 COVERAGE = (
@@ -58,7 +60,7 @@ COVERAGE = (
         "                raise _not_held(layer, cuts[0].shape, batch)\n",
         "                axis = 0\n",
         (f"{ALONE}::test_rows_are_those_of_the_samples[position table]",),
-        also=(("layout.py", COMPARED, "            if False:\n"),),
+        also=(("_trial.py", COMPARED, "            if False:\n"), UNCOMPARED),
     ),
     Sabotage(
         "a bias that is not added last is taken for one",
@@ -76,17 +78,18 @@ COVERAGE = (
     ),
     Sabotage(
         "a forward of its own is tried alone, not in the model",
-        "layout.py",
+        "_trial.py",
         "            if first and isinstance(layer, OwnForwardLayer) and not layer.adds_its_bias_last(args, kwargs):\n",
         "            if False:\n",
         (f"{OWN}::test_what_was_tried_alone_is_tried_in_the_model",),
     ),
     Sabotage(
         "a module run one sample at a time is not compared with itself",
-        "layout.py",
+        "_trial.py",
         COMPARED,
         "            if False:\n",
         (f"{REFUSALS}::test_what_passes_by_other_ways_than_tensors_is_refused[Lengths]",),
+        also=(UNCOMPARED,),
     ),
     Sabotage(
         "samples that go through one forward share a random mask",
@@ -97,10 +100,53 @@ COVERAGE = (
     ),
     Sabotage(
         "a module is run for all samples at once untried",
-        "layout.py",
+        "_trial.py",
         "                tried = _slices.works_at_once(layer, call, (args, kwargs), len(rows))\n",
         "                tried = True\n",
-        (f"{ALONE}::test_rows_are_those_of_the_samples[experts]",),
+        (f"{ATTACKED}::test_what_vmap_takes_another_way_through_goes_one_by_one[scaled_by_hook]",),
+    ),
+    Sabotage(
+        "vmap is tried by its outputs alone",
+        "_slices.py",
+        "alike(at_once[0], by_one[0]) and _close(at_once[1], by_one[1])",
+        "alike(at_once[0], by_one[0])",
+        (f"{ATTACKED}::test_what_vmap_takes_another_way_through_goes_one_by_one[scaled_by_hook]",),
+    ),
+    Sabotage(
+        "a layer shared with a host is served outside of it",
+        "_decision.py",
+        "        if index is None:\n            return alone\n",
+        "        if True:\n            return alone\n",
+        (f"{ATTACKED}::test_a_layer_shared_between_a_host_and_what_is_outside[8]",),
+    ),
+    Sabotage(
+        "names of the user's class are hidden",
+        "layers/base.py",
+        "    theirs |= {",
+        "    theirs | {",
+        (f"{ATTACKED}::test_attributes_of_the_users_keep_their_meaning[kind]",),
+    ),
+    Sabotage(
+        "a forward of its own is tried by its values alone",
+        "layers/own_forward.py",
+        "    return _passes_its_gradient(run, bias, dim, room / size, generator)\n",
+        "    return True\n",
+        (f"{OWN}::test_rows_are_those_of_the_samples[partly detached]",),
+    ),
+    Sabotage(
+        "what leaves a module by lists and hooks is not seen",
+        "layout.py",
+        "        calls = _require_same_around(trial, calls)\n",
+        "",
+        (f"{ATTACKED}::test_what_leaves_by_lists_and_hooks_is_seen[True]",),
+    ),
+    Sabotage(
+        "numbers that a module gives are those of one sample",
+        "_slices.py",
+        "list(plain_in(first)) == list(plain_in(second))",
+        "True",
+        (f"{ATTACKED}::test_outputs_that_are_no_tensors_are_those_of_the_batch[False]",),
+        also=(UNCOMPARED,),
     ),
     Sabotage(
         "what a module leaves beside its output is not seen",
@@ -114,19 +160,19 @@ COVERAGE = (
         "proofs.py",
         "        elif known is not self._applied:",
         "        elif False:",
-        (f"{LAYOUTS}::test_each_form_of_call_goes_by_its_own_proof",),
+        (f"{PROOFS}::test_each_form_of_call_goes_by_its_own_proof",),
     ),
     Sabotage(
         "the layout is asked once for good",
         "proofs.py",
         "        again = opened & (opened - 1) == 0\n",
         "        again = False\n",
-        (f"{LAYOUTS}::test_a_layout_that_changes_with_what_batches_hold_is_asked_again",),
+        (f"{PROOFS}::test_a_layout_that_changes_with_what_batches_hold_is_asked_again",),
     ),
     Sabotage(
         "the added row is one of the others in all inputs",
         "layout.py",
-        "(0, other, _MIXED) if other >= 0 else (0, other)",
+        "(0, other, MIXED) if other >= 0 else (0, other)",
         "(0, other)",
         (f"{LAYOUTS}::test_mixing_through_one_input_alone_is_seen",),
     ),
