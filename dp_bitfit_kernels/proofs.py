@@ -13,6 +13,8 @@ from ._validate import BatchLayoutError, EngineError
 from .layers import BiasLayer
 from .layout import modules_of
 
+_MANY = 32  # ways of calling a model that are remembered
+
 
 class Proofs:
     """Of one model in one private training run.
@@ -33,6 +35,7 @@ class Proofs:
         self.asked = False
         self.traced: tuple[Any, Any] | None = None
         self.impossible = False
+        self._warned = False
         self._known: dict[bytes, dict[Any, layout.Proof]] = {}  # training modes -> form of call, sizes -> proof
         self._applied: layout.Proof | None = None  # what the layers go by
 
@@ -103,7 +106,11 @@ class Proofs:
             )
         if proof.complete:  # else the next batch is asked again
             sizes = _sizes((args, kwargs)) if proof.of_these_sizes else None
-            self._known.setdefault(modes, {})[form((args, kwargs), numbers=True), sizes] = proof
+            known = self._known.setdefault(modes, {})
+            known[form((args, kwargs), numbers=True), sizes] = proof
+            if len(known) > _MANY:
+                del known[next(iter(known))]
+                self._warn_of_many()
 
     def _of(self, arguments: Any) -> layout.Proof | None:
         known, asked = self._known.get(self.modes(), {}), form(arguments, numbers=True)
@@ -112,6 +119,16 @@ class Proofs:
     def _apply(self, proof: layout.Proof) -> None:
         proof.apply()
         self._applied = proof
+
+    def _warn_of_many(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the model was called in more than {_MANY} ways, by a number in its arguments or by sizes of images: "
+                "the layout is asked for each, which takes longer than the step. Keep a number that changes with each "
+                "batch in a tensor or an attribute",
+                stacklevel=6,
+            )
 
     def _warn(self, why: str) -> None:
         if not self.impossible:

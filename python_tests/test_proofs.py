@@ -136,3 +136,21 @@ def test_each_mode_of_a_call_is_asked(modes: tuple[object, object]) -> None:
             model.inner.bias.copy_(bias)
     for found in rows[1:]:
         torch.testing.assert_close(found, rows[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_number_that_changes_with_each_batch_is_warned_of() -> None:
+    class Numbered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor, step: int) -> Tensor:
+            return self.inner(x) * (1 + step)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, WIDTH)
+    _, model, optimizer, _ = attach(dpk.convert_model(Numbered()), x, poisson_sampling=False)
+    with pytest.warns(UserWarning, match="more than 32 ways"):
+        for step in range(34):
+            loss_of(model(x, step)).backward()
+            optimizer.step()
