@@ -39,18 +39,26 @@ class Plan:
             self.still.setdefault(id(site), {})[own] = (part.start, part.stop)
 
 
-def decide(
-    sites: list[Site],
-    tensors: list[Slot],
-    chosen: BiasRule,
-    whole: ModuleRule,
-    used: Usage | None,
-    memory: str,
-    unfit: dict[nn.Module, str],
-    silent: dict[int, Part],
-) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What is asked of a conversion.
+
+    used: what a sample batch uses; None where there is none.
+    silent: id of a bias -> the part of it that is left out since no gradient reaches it.
+    """
+
+    biases: BiasRule
+    whole: ModuleRule
+    memory: str
+    used: Usage | None
+    silent: dict[int, Part]
+
+
+def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Module, str]) -> Plan:
+    """What to do to each; ``unfit``: layers whose rows were found not to be samples, and why."""
+    used, silent = wish.used, wish.silent
     _check_statistics(sites)
-    head = {id(site) for site in sites if any(whole.covers(name) for name in site.names)}
+    head = {id(site) for site in sites if any(wish.whole.covers(name) for name in site.names)}
     no_layer = {id(module) for module in unfit}
     hosts = Hosts(sites, unfit, None if used is None else used.called)
 
@@ -59,7 +67,7 @@ def decide(
     refused: dict[bool, list[tuple[str, str]]] = {False: [], True: []}  # in a head or not -> name, why
     for index, tensor in enumerate(tensors):
         in_head = any(id(site) in head for site, _ in tensor.owners)
-        reason = None if in_head else chosen.reason(tensor.names, tensor.not_bias)
+        reason = None if in_head else wish.biases.reason(tensor.names, tensor.not_bias)
         if reason is None and used is not None and not used.uses(tensor):
             reason = NEVER_CALLED
         part = None if in_head else silent.get(id(tensor.parameter))
@@ -81,14 +89,14 @@ def decide(
                 refused[in_head].append((tensor.names[0], host))
             else:
                 hosts.take(host)
-    _refuse(refused, chosen)
+    _refuse(refused, wish.biases)
     if not wanted:
         raise ConversionError(_nothing_to_train(tensors, reasons))
     alone = _around_shared(hosts, tensors, wanted, refused)
-    _refuse(refused, chosen)
+    _refuse(refused, wish.biases)
     for index, owners in wanted.items():
         wanted[index] = _given_by(alone, tensors[index], owners)
-    plan = _plan(sites, tensors, wanted, reasons, used, memory, alone)
+    plan = _plan(sites, tensors, wanted, reasons, wish, alone)
     for index, owners in wanted.items():
         part = silent.get(id(tensors[index].parameter))
         if part is not None and not any(id(site) in head for site, _ in tensors[index].owners):
@@ -179,10 +187,10 @@ def _plan(
     tensors: list[Slot],
     wanted: dict[int, list[tuple[Site, str]]],
     reasons: dict[int, str],
-    used: Usage | None,
-    memory: str,
+    wish: Wish,
     alone: list[Site],
 ) -> Plan:
+    used = wish.used
     hosts = {id(host) for host in alone}
     own_names: dict[int, set[str]] = collections.defaultdict(set)
     trained, frozen, tied, groups, sizes = {}, {}, {}, {}, {}
@@ -201,7 +209,7 @@ def _plan(
         if id(site) in hosts:
             swap.append((site, _host_kind(site), frozenset(own_names[id(site)])))
         elif site.kind is not None and (
-            own_names[id(site)] or site.kind.freezes_statistics or site.keeps_less_in(memory)
+            own_names[id(site)] or site.kind.freezes_statistics or site.keeps_less_in(wish.memory)
         ):
             swap.append((site, site.kind, frozenset(own_names[id(site)])))
     idle = [s.names[0] for s in sites if used is not None and s.biased and id(s.module) not in used.called]

@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from . import _missing, layers, layout
-from ._decision import Plan, decide
-from ._selection import BiasRule, ModuleRule, bias_rule, module_rule
+from ._decision import Plan, Wish, decide
+from ._selection import bias_rule, module_rule
 from ._signal import without_signal
-from ._survey import Site, Slot, Usage, arguments, survey, undisturbed, usage
+from ._survey import Site, Slot, arguments, survey, undisturbed, usage
 from ._validate import BatchLayoutError, ConversionError
 from .evidence import INSTEAD
 from .layers.one_by_one import OneByOneLayer
@@ -100,7 +100,9 @@ def convert_model(
             added = _missing.chosen_of(lacking, chosen, None if used is None else used.called)
             _missing.add(added)
             sites, tensors = survey(model)
-        plan = _settle(model, sites, tensors, chosen, whole, used, memory, backend, sample_batch)
+        silent = without_signal(model) if chosen.informative else {}
+        wish = Wish(chosen, whole, memory, used, silent)
+        plan = _settle(model, sites, tensors, wish, backend, sample_batch)
     except BaseException:
         _missing.remove(added)
         raise
@@ -166,20 +168,16 @@ def _settle(
     model: nn.Module,
     sites: list[Site],
     tensors: list[Slot],
-    chosen: BiasRule,
-    whole: ModuleRule,
-    used: Usage | None,
-    memory: str,
+    wish: Wish,
     backend: str,
     sample_batch: Any,
 ) -> Plan:
     """Swap the layers in; again, with the modules around them, for those whose rows are not samples of the batch."""
     unfit: dict[nn.Module, str] = {}  # and why
-    silent = without_signal(model) if chosen.informative else {}
     while True:
-        plan = decide(sites, tensors, chosen, whole, used, memory, unfit, silent)
-        _swap(plan, backend, memory)
-        more = {} if used is None else _unheld(model, sample_batch, plan)
+        plan = decide(sites, tensors, wish, unfit)
+        _swap(plan, backend, wish.memory)
+        more = {} if wish.used is None else _unheld(model, sample_batch, plan)
         if not more:
             return plan
         unfit.update(more)

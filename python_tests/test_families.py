@@ -161,6 +161,19 @@ FAMILIES: dict[str, Family] = {
     "BEiT": ("BeitForImageClassification", {**IMAGE, "use_relative_position_bias": True}, pixels, set()),
     "Swin": ("SwinForImageClassification", WINDOWS, pixels, set()),
     "SwinV2": ("Swinv2ForImageClassification", WINDOWS, pixels, {"Swinv2SelfAttention"}),
+    "MobileViT": (
+        "MobileViTForImageClassification",
+        {
+            "image_size": 32,
+            "patch_size": 2,
+            "num_attention_heads": 2,
+            "hidden_sizes": [16, 24, 32],
+            "neck_hidden_sizes": [8, 8, 12, 16, 16, 24, 32],
+            "initializer_range": 0.3,  # else its features vanish
+        },
+        lambda: {"pixel_values": torch.randn(3, 3, 64, 64)},
+        set(),
+    ),
     "ConvNeXt": (
         "ConvNextForImageClassification",
         {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "image_size": 32},
@@ -206,6 +219,10 @@ WITHOUT_BIASES: dict[str, Family] = {
         set(),
     ),
     "Llama": ("LlamaForCausalLM", GROUPED, ids, set()),
+    "Mistral": ("MistralForCausalLM", GROUPED, ids, set()),
+    "Gemma": ("GemmaForCausalLM", {**GROUPED, "head_dim": 8}, ids, set()),
+    "Qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}, ids, set()),
+    "Phi-3": ("Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}, ids, set()),
     "Mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}, ids, set()),
 }
 
