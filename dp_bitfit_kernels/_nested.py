@@ -11,19 +11,36 @@ import torch
 from torch import Tensor
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
+def leaves_in(value: Any) -> Iterator[Any]:
+    """Everything in nested tuples, lists, mappings and dataclasses that is none of these."""
+    if isinstance(value, Mapping):
         for item in value.values():
-            yield from tensors_in(item)
+            yield from leaves_in(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from tensors_in(item)
+            yield from leaves_in(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for f in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, f.name))
+            yield from leaves_in(getattr(value, f.name))
+    else:
+        yield value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, mappings and dataclasses."""
+    return (leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor))
+
+
+def plain_in(value: Any) -> Iterator[Any]:
+    """Every number, word, flag and None in them."""
+    return (leaf for leaf in leaves_in(value) if leaf is None or isinstance(leaf, _NUMBERS))
+
+
+def strangers(value: Any) -> Iterator[str]:
+    """Class names of what is neither a tensor, nor a plain value, nor a container of these: it may hold tensors."""
+    for leaf in leaves_in(value):
+        if not (leaf is None or callable(leaf) or isinstance(leaf, _PLAIN)):
+            yield type(leaf).__name__
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -52,21 +69,6 @@ def _mapping(value: Mapping[Any, Any], change: Callable[[Tensor], Tensor]) -> An
     return type(value)({k: map_tensors(v, change) for k, v in value.items()})  # type: ignore[call-arg]
 
 
-def plain_in(value: Any) -> Iterator[Any]:
-    """Every number, word, flag and None in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from plain_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from plain_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from plain_in(getattr(value, f.name))
-    elif value is None or isinstance(value, bool | int | float | complex | str | Enum):
-        yield value
-
-
 def form(value: Any, numbers: bool = False) -> tuple[Any, ...]:
     """What stays the same of a call when the batch or the lengths change: where its tensors are, and of how many
     dimensions; of the rest, what is None, and flags, words and members of enumerations; ``numbers``: whole ones, too.
@@ -84,19 +86,5 @@ def form(value: Any, numbers: bool = False) -> tuple[Any, ...]:
     return (value is None,)
 
 
-def strangers(value: Any) -> Iterator[str]:
-    """Class names of what is neither a tensor, nor a plain value, nor a container of these: it may hold tensors."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from strangers(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from strangers(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from strangers(getattr(value, f.name))
-    elif not (value is None or callable(value) or isinstance(value, _PLAIN)):
-        yield type(value).__name__
-
-
-_PLAIN = (Tensor, bool, int, float, complex, str, Enum, torch.dtype, torch.device, torch.memory_format, slice, range)
+_NUMBERS = (bool, int, float, complex, str, Enum)
+_PLAIN = (Tensor, *_NUMBERS, torch.dtype, torch.device, torch.memory_format, slice, range)
