@@ -165,16 +165,19 @@ class Watch:
 
     given: list[int]  # ids of the tensors in its arguments
     held: dict[tuple[int, str], list[int]]  # (id of a module, attribute) -> ids of the tensors in it
+    alive: list[Tensor] = dataclasses.field(compare=False)  # an id means its tensor only as long as that lives
 
     @staticmethod
     def of(layer: OneByOneLayer, arguments: Any) -> Watch:
+        given = list(tensors_in(arguments))
         held = {
-            (id(module), name): [id(tensor) for tensor in tensors_in(value)]
+            (id(module), name): list(tensors_in(value))
             for module in layer.modules()
             for name, value in vars(module).items()
             if isinstance(value, Tensor | list | tuple | dict) and name not in _OF_MODULES
         }
-        return Watch([id(tensor) for tensor in tensors_in(arguments)], held)
+        ids = {place: [id(tensor) for tensor in tensors] for place, tensors in held.items()}
+        return Watch([id(t) for t in given], ids, [*given, *(t for tensors in held.values() for t in tensors)])
 
     def check(self, layer: OneByOneLayer, arguments: Any) -> None:
         now = Watch.of(layer, arguments)
