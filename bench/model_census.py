@@ -35,6 +35,7 @@ from dp_bitfit_kernels._nested import tensors_in
 
 SECONDS = 60
 TOLERANCE = 1e-5
+RAN = ("right", "inexact", "refused", "failed", "no gradient of a bias", "no per-sample gradients")
 MIXED = 1e-3  # of the largest gradient: more than this no arithmetic explains
 
 
@@ -231,11 +232,15 @@ def main() -> None:
     parser.add_argument("--classes", default="", help="beginnings of names, by commas; all without it")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--save", action="store_true", help="also into bench/results/cpu/census.json")
+    parser.add_argument("--again", action="store_true", help="only classes that ran before; the rows of others stay")
     options = parser.parse_args()
     logging.disable(logging.ERROR)
     chosen = tuple(options.classes.split(",")) if options.classes else ("",)
     names = {name: kind for name, kind in classes().items() if name.startswith(chosen)}
     found = {}
+    if options.again:
+        found = json.loads(results.path("census.json").read_text())["classes"]
+        names = {name: names[name] for name in names if found[name]["dynamic"]["status"] in RAN}
     for name, entry in run(names, options.jobs):
         found[name] = entry
         dynamic_part = {k: v for k, v in entry["dynamic"].items() if k != "inputs"}
@@ -246,7 +251,7 @@ def main() -> None:
             "census.json",
             {
                 "environment": environment(),
-                "command": "python -m bench.model_census --save",
+                "command": "python -m bench.model_census --save" + (", then --again --save" if options.again else ""),
                 "summary": summary(found),
                 "classes": found,
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import warnings
 
 from torch import nn
 
@@ -89,6 +90,7 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
                 refused[in_head].append((tensor.names[0], host))
             else:
                 hosts.take(host)
+                _warn_of_names(tensor, host)
     _refuse(refused, wish.biases)
     if not wanted:
         raise ConversionError(_nothing_to_train(tensors, reasons))
@@ -102,6 +104,16 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
         if part is not None and not any(id(site) in head for site, _ in tensors[index].owners):
             plan.keep_still(tensors[index], owners, part)
     return plan
+
+
+def _warn_of_names(tensor: Slot, host: Site) -> None:
+    for site, _ in tensor.owners:
+        if site.kind is not None and site.taken:
+            around = host.names[0] or "the whole model"
+            warnings.warn(
+                f"{site.names[0]}: {site.obstacle}. So {around} is run one sample at a time, which is slower: rename them",
+                stacklevel=5,
+            )
 
 
 def _around_shared(

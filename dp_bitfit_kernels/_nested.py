@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from numbers import Integral, Number
 from typing import Any
 
 import torch
@@ -77,14 +78,16 @@ def form(value: Any, numbers: bool = False) -> tuple[Any, ...]:
         return (value.dim(),)
     if isinstance(value, Mapping):
         return tuple((str(key), form(item, numbers)) for key, item in value.items())
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return ("words",)  # one a sample, often
     if isinstance(value, tuple | list):
         return tuple(form(item, numbers) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple((f.name, form(getattr(value, f.name), numbers)) for f in dataclasses.fields(value))
-    if isinstance(value, bool | str | Enum) or (numbers and isinstance(value, int)):
+    if isinstance(value, bool | str | Enum) or (numbers and isinstance(value, Integral)):
         return (value,)
     return (value is None,)
 
 
-_NUMBERS = (bool, int, float, complex, str, Enum)
-_PLAIN = (Tensor, *_NUMBERS, torch.dtype, torch.device, torch.memory_format, slice, range)
+_NUMBERS = (Number, str, Enum)  # numbers of NumPy, too
+_PLAIN = (Tensor, *_NUMBERS, set, frozenset, torch.dtype, torch.device, torch.memory_format, slice, range)

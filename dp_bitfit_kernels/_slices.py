@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._nested import plain_in, tensors_in
+from ._nested import map_tensors, plain_in, tensors_in
+from ._survey import evaluating
 from ._validate import BatchLayoutError
 from .evidence import INSTEAD, same
 from .layers.one_by_one import Call, OneByOneLayer, replaced
@@ -31,20 +35,30 @@ def _room(dtype: torch.dtype) -> float:
 
 
 def require_same(layer: OneByOneLayer, call: Call, arguments: Any, batch: int) -> None:
-    """The layer gives for the batch what it gives for its samples, in evaluation mode.
+    """The layer gives for the batch what it gives for its samples, in evaluation mode, and keeps nothing of them.
 
     Raises:
         BatchLayoutError: naming it.
     """
-    args, kwargs = arguments
-    with _evaluating(layer):
-        try:
+    try:
+        with evaluating(layer):
+            args, kwargs = _fresh(arguments)
             whole = layer.whole(*args, **kwargs)
-            parts = layer.sliced(call, arguments, batch, {})
-        except _FAILURES as error:
-            raise BatchLayoutError(
-                f"layer {layer.layer_name!r} cannot be run one sample at a time: {error}. {INSTEAD}", [layer]
-            ) from error
+            parts, kept = _watched(layer, call, arguments, batch)
+        if not any(module.training for module in layer.modules()):
+            kept_too = 0
+        else:
+            _, kept_too = _watched(layer, call, arguments, batch)
+    except _FAILURES as error:
+        raise BatchLayoutError(
+            f"layer {layer.layer_name!r} cannot be run one sample at a time: {error}. {INSTEAD}", [layer]
+        ) from error
+    if kept or kept_too:
+        raise BatchLayoutError(
+            f"layer {layer.layer_name!r} is run one sample at a time, but keeps tensors of its forward somewhere (an "
+            f"object, a hook that records), where others may look for the whole batch. {INSTEAD}",
+            [layer],
+        )
     if not alike(whole, parts):
         raise BatchLayoutError(
             f"layer {layer.layer_name!r} gives other outputs when it is run one sample at a time: it mixes samples, or "
@@ -53,23 +67,81 @@ def require_same(layer: OneByOneLayer, call: Call, arguments: Any, batch: int) -
         )
 
 
+def _watched(layer: OneByOneLayer, call: Call, arguments: Any, batch: int) -> tuple[Any, int]:
+    """The output of a run of each sample, and how many tensors that it made outlive it beside that.
+
+    A cache that the first samples filled holds nothing of the others; what each sample leaves is seen.
+    """
+    made = _Made()
+    with torch.no_grad():
+        layer.sliced(call, _fresh(arguments), batch, {})  # caches
+        with made:
+            output = layer.sliced(call, _fresh(arguments), batch, {})
+    known = {t.untyped_storage()._cdata for t in (*tensors_in(output), *layer.parameters(), *layer.buffers())}
+    if made.alive(known):
+        gc.collect()  # what refers to itself lives until then
+    return output, made.alive(known)
+
+
+class _Made(TorchDispatchMode):
+    """Remembers, without keeping it alive, the memory of every tensor that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.memory: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs or {}))}
+        for tensor in tensors_in(output):
+            reference = StorageWeakRef(tensor.untyped_storage())
+            if reference.cdata not in given:
+                self.memory[reference.cdata] = reference
+        return output
+
+    def alive(self, known: set[int]) -> int:
+        return sum(not ref.expired() for cdata, ref in self.memory.items() if cdata not in known)
+
+
 def works_at_once(layer: OneByOneLayer, call: Call, arguments: Any, batch: int) -> bool:
     """Whether one forward for all samples has the outputs and the gradients that the samples have.
 
     What ``torch.func.vmap`` has no rule for, or only a loop of its own, is not run by it; nor is what it takes another
-    way through (``requires_grad`` is False within it, ``padding_idx`` is forgotten).
+    way through (``requires_grad`` is False within it, ``padding_idx`` is forgotten), nor what stays random without its
+    dropout modules, so that nothing can be compared.
     """
     try:
-        with warnings.catch_warnings(record=True) as said, torch.enable_grad():
+        with warnings.catch_warnings(record=True) as said, torch.enable_grad(), _without_dropout(layer):
             warnings.simplefilter("always")
-            _gradients(layer, layer.mapped, call, arguments, batch)  # as it is trained: what is random is not compared
-            with _evaluating(layer):
-                at_once = _gradients(layer, layer.mapped, call, arguments, batch)
-                by_one = _gradients(layer, layer.sliced, call, arguments, batch)
-        slow = any("performance drop" in str(warning.message) for warning in said)
-        return not slow and alike(at_once[0], by_one[0]) and _close(at_once[1], by_one[1])
+            same_now = _same_at_once(layer, call, arguments, batch)
+            with evaluating(layer):
+                same_then = _same_at_once(layer, call, arguments, batch)
+        return same_now and same_then and not any("performance drop" in str(warning.message) for warning in said)
     except _FAILURES:
         return False
+
+
+def _same_at_once(layer: OneByOneLayer, call: Call, arguments: Any, batch: int) -> bool:
+    at_once = _gradients(layer, layer.mapped, call, arguments, batch)
+    by_one = _gradients(layer, layer.sliced, call, arguments, batch)
+    return alike(at_once[0], by_one[0]) and _close(at_once[1], by_one[1])
+
+
+@contextmanager
+def _without_dropout(layer: OneByOneLayer) -> Iterator[None]:
+    found = [(m, m.p) for m in layer.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    try:
+        for module, _ in found:
+            module.p = 0.0
+        yield
+    finally:
+        for module, p in found:
+            module.p = p
+
+
+def _fresh(arguments: Any) -> Any:
+    """The same, in memory of its own: a module may change its inputs in place."""
+    return map_tensors(arguments, torch.clone)
 
 
 def _gradients(
@@ -102,14 +174,3 @@ def _close(first: list[Tensor], second: list[Tensor]) -> bool:
 def _spread(layer: OneByOneLayer, name: str, batch: int) -> Tensor:
     parameter = layer.get_parameter(name).detach()
     return parameter.expand(batch, *parameter.shape).requires_grad_()
-
-
-@contextmanager
-def _evaluating(layer: OneByOneLayer) -> Iterator[None]:
-    modes = [(module, module.training) for module in layer.modules()]
-    try:
-        layer.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -36,6 +36,12 @@ class Site:
         return own in (self.kind.whole_names if whole else (*self.kind.bias_names, *self.kind.whole_names))
 
     @property
+    def taken(self) -> list[str]:
+        """Attributes of its own that have names which conversion uses."""
+        converted = self.kind is None or layers.is_converted(self.module)
+        return [] if converted else layers.base.shadowed(self.module, self.kind.mixin)  # type: ignore[union-attr]
+
+    @property
     def biased(self) -> bool:
         """True if it owns a bias that it can train."""
         return any(self.module._parameters.get(own) is not None and self.gives(own) for own in self.bias_names)
@@ -157,7 +163,7 @@ def usage(model: nn.Module, sample_batch: Any, sites: list[Site], tensors: list[
         with torch.enable_grad(), undisturbed(model):
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            model.eval()
+            evaluate(model)
             reached = _leaves_under(list(tensors_in(call(model, sample_batch))))
     finally:
         for hook in hooks:
@@ -192,6 +198,24 @@ def arguments(sample_batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def call(model: nn.Module, sample_batch: Any) -> Any:
     args, kwargs = arguments(sample_batch)
     return model(*args, **kwargs)
+
+
+def evaluate(model: nn.Module) -> None:
+    """Set the modes and nothing else: what a class does in a ``train`` of its own (merge weights) stays undone."""
+    for module in model.modules():
+        module.training = False
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Modes are afterwards as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        evaluate(model)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextlib.contextmanager

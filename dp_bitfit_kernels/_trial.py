@@ -66,7 +66,7 @@ class Trial:
         """
         run = Run(None, [], [], {}, set())
         at_once: dict[tuple[OneByOneLayer, tuple[Any, ...]], bool] = {}
-        watches: dict[OneByOneLayer, evidence.Watch] = {}
+        watches: dict[OneByOneLayer, tuple[evidence.Watch, Any]] = {}
 
         def look(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
             if first and isinstance(layer, OwnForwardLayer) and not layer.adds_its_bias_last(args, kwargs):
@@ -81,20 +81,22 @@ class Trial:
                 run.seen.append(evidence.Seen.of(layer, output, len(rows)))
 
         def look_before(layer: Any, args: Any, kwargs: Any) -> None:
-            watches[layer] = evidence.Watch.of(layer, (args, kwargs))
+            given = map_tensors((args, kwargs), torch.clone) if calls or instead else None  # it may change them
+            watches[layer] = evidence.Watch.of(layer, (args, kwargs)), given
 
         def look_around(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
-            watches.pop(layer).check(layer, (args, kwargs))
+            watch, given = watches.pop(layer)
+            watch.check(layer, (args, kwargs))
             if instead is not None and layer.mixin is OneByOneLayer:
                 own = form((args, kwargs))
                 call = next((call for call in instead.get(layer, ()) if call.form == own), None)
                 if call is not None:  # else evaluation calls it in another way
-                    return (layer.mapped if call.at_once else layer.sliced)(call, (args, kwargs), len(rows), {})
+                    return (layer.mapped if call.at_once else layer.sliced)(call, given, len(rows), {})
             if calls is not None and layer.mixin is OneByOneLayer:
                 own = form((args, kwargs))
                 call = next(call for call in calls[layer] if call.form == own)
-                _slices.require_same(layer, call, (args, kwargs), len(rows))
-                tried = _slices.works_at_once(layer, call, (args, kwargs), len(rows))
+                _slices.require_same(layer, call, given, len(rows))
+                tried = _slices.works_at_once(layer, call, given, len(rows))
                 at_once[layer, own] = at_once.get((layer, own), True) and tried
             run.called.append(evidence.Called.of(layer, (args, kwargs), output, len(rows)))
             return None

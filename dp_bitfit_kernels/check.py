@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import backends, layout
 from ._nested import map_tensors, tensors_in
 from ._plan import groups
-from ._survey import undisturbed
+from ._survey import evaluate, undisturbed
 from ._trial import python_generators_kept
 from ._validate import BatchLayoutError, EngineError
 from .clipping import resolve
@@ -97,7 +97,7 @@ def check_model(
     allowed = TOLERANCES.get(entries[0].parameter.dtype, 3e-2) if tolerance is None else tolerance
     with _gradients_kept(model), undisturbed(model), python_generators_kept():
         rows = trial.engine_rows(sample_batch)
-        model.eval()
+        evaluate(model)
         whole = trial.loss(model, sample_batch).detach()
         alone = [trial.one(_sample(sample_batch, batch, i)) for i in range(batch)]
         trial.require_sum(whole, [value for value, _ in alone])
@@ -174,7 +174,7 @@ class _Trial:
         try:
             with torch.no_grad():  # the training mode, for its proof alone
                 self.loss(self.model, batch)
-            self.model.eval()
+            evaluate(self.model)
             ledger.open(self.batch)
             self.loss(self.model, batch).backward()
             assert ledger._slab is not None

@@ -17,7 +17,7 @@ from . import _missing, layers, layout
 from ._decision import Plan, Wish, decide
 from ._selection import bias_rule, module_rule
 from ._signal import without_signal
-from ._survey import Site, Slot, arguments, survey, undisturbed, usage
+from ._survey import Site, Slot, arguments, evaluate, survey, undisturbed, usage
 from ._validate import BatchLayoutError, ConversionError
 from .evidence import INSTEAD
 from .layers.one_by_one import OneByOneLayer
@@ -192,7 +192,7 @@ def _unheld(model: nn.Module, sample_batch: Any, plan: Plan) -> dict[nn.Module, 
         return {}
     try:
         with undisturbed(model):
-            model.eval()
+            evaluate(model)
             layout.prove(model, args, kwargs, sizes.pop(), converted)  # type: ignore[arg-type]
     except BatchLayoutError as error:
         _undo(plan)

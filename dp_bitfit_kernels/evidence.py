@@ -150,7 +150,9 @@ def _joined(before: Arrangement | None, way: tuple[str, int], shapes: list[tuple
         return PLAIN
     if before is not None and before.kind != kind:
         return None
-    places = {(i, d) for i, shape in enumerate(shapes) for d, size in enumerate(shape) if d and size == k > 1}
+    # Of sequences, [B, T] or [B, T, C]; sizes of images say nothing of windows.
+    sequences = [(i, shape) for i, shape in enumerate(shapes) if len(shape) <= 3]
+    places = {(i, d) for i, shape in sequences for d, size in enumerate(shape) if d and size == k > 1}
     folds = frozenset({k}) | (before.folds if before is not None else frozenset())
     follows = frozenset(places) | (before.follows if before is not None else frozenset())
     return before if before is PLAIN and k == 1 else Arrangement(kind, folds, follows)
@@ -176,7 +178,7 @@ class Watch:
             for name, value in vars(module).items()
             if isinstance(value, Tensor | list | tuple | dict) and name not in _OF_MODULES
         }
-        ids = {place: [id(tensor) for tensor in tensors] for place, tensors in held.items()}
+        ids = {place: [id(tensor) for tensor in tensors] for place, tensors in held.items() if tensors}
         return Watch([id(t) for t in given], ids, [*given, *(t for tensors in held.values() for t in tensors)])
 
     def check(self, layer: OneByOneLayer, arguments: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import _slices, evidence
 from ._nested import tensors_in
+from ._survey import evaluating
 from ._trial import FAILURES, MIXED, Calls, Trial, another_row
 from ._validate import BatchLayoutError
 from .arrangement import PLAIN, Arrangement
@@ -163,10 +164,11 @@ def _require_same_around(trial: Trial, calls: Calls) -> Calls:
         BatchLayoutError: naming them.
     """
     samples = [*range(trial.batch)]
-    modes = [(module, module.training) for module in trial.model.modules()]
-    trial.model.eval()
-    try:
-        whole = trial.run(samples).output
+    with evaluating(trial.model):
+        try:
+            whole = trial.run(samples).output
+        except FAILURES:  # its evaluation is another thing (decoding): only the modules themselves were compared
+            return calls
 
         def runs(tried: Calls) -> bool:
             try:
@@ -180,9 +182,6 @@ def _require_same_around(trial: Trial, calls: Calls) -> Calls:
         if runs(looped):
             return looped
         wrong: list[BiasLayer] = [alone for alone in calls if not runs({alone: looped[alone]})]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     wrong = wrong or list(calls)
     raise BatchLayoutError(
         f"the model gives other outputs when layer {wrong[0].layer_name!r} is run one sample at a time: something "

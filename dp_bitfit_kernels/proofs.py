@@ -114,7 +114,7 @@ class Proofs:
 
     def _of(self, arguments: Any) -> layout.Proof | None:
         known, asked = self._known.get(self.modes(), {}), form(arguments, numbers=True)
-        return known.get((asked, None)) or known.get((asked, _sizes(arguments)))
+        return known.get((asked, _sizes(arguments))) or known.get((asked, None))
 
     def _apply(self, proof: layout.Proof) -> None:
         proof.apply()
@@ -124,9 +124,9 @@ class Proofs:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"the model was called in more than {_MANY} ways, by a number in its arguments or by sizes of images: "
-                "the layout is asked for each, which takes longer than the step. Keep a number that changes with each "
-                "batch in a tensor or an attribute",
+                f"the model was called in more than {_MANY} ways, by a number or a word in its arguments, or by sizes "
+                "of images: the layout is asked for each, which takes longer than the step. Keep a number that "
+                "changes with each batch in a tensor or an attribute",
                 stacklevel=6,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -77,11 +78,15 @@ def checkpointed(self: Any, x: Tensor) -> Tensor:
     return checkpoint(lambda x: torch.tanh(self.lin(x) + self.q_bias), x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("run", [scaled_by_hook, scaled_by_function, checkpointed])
+def scaled_in_training(self: Any, x: Tensor) -> Tensor:
+    return scaled_by_hook(self, x) if self.training else self.lin(x) + self.q_bias
+
+
+@pytest.mark.parametrize("run", [scaled_by_hook, scaled_by_function, checkpointed, scaled_in_training])
 def test_what_vmap_takes_another_way_through_goes_one_by_one(run: Callable[[Any, Tensor], Tensor]) -> None:
     model, x = dpk.convert_model(around(run)), torch.randn(4, *TOKENS)
     assert dpk.check_model(model, x, loss).worst < 1e-5
-    _, model, optimizer, _ = attach(model, x, poisson_sampling=False)
+    _, model, optimizer, _ = attach(model.train(), x, poisson_sampling=False)
     loss(model, x).backward()
     assert optimizer.step()
     assert not any(call.at_once for alone in alone_in(model) for call in alone.calls)
@@ -183,6 +188,16 @@ def test_a_layer_with_names_of_ours_is_left_as_it_is() -> None:
     assert dpk.check_model(model, x, loss).worst < 1e-5
 
 
+def test_a_plain_layer_with_a_name_of_ours_is_warned_of() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)), torch.randn(4, *TOKENS)
+    model[0].kind = "head"
+    with pytest.warns(UserWarning, match=r"0: it has attributes of its own .*: kind\. So the whole model is run one"):
+        dpk.convert_model(model)
+    assert model[0].kind == "head"
+    assert dpk.check_model(model, x, loss).worst < 1e-5
+
+
 class CountsSamples(nn.Module):
     """Outputs that are no tensors, and come from a run of one sample."""
 
@@ -249,6 +264,163 @@ def test_what_leaves_by_lists_and_hooks_is_seen(by_hook: bool) -> None:
         dpk.check_model(dpk.convert_model(Keeps(by_hook)), x, loss)
     with pytest.raises(UnsupportedModuleError, match=r"Keeps: .*keeps tensors as attributes"):  # a loss may read them
         dpk.convert_model(Keeps(by_hook), sample_batch=x)
+
+
+class Store:
+    value: Any = None
+
+
+def into_an_object(self: Any, x: Tensor) -> Tensor:
+    if self.training:
+        self.store.value = x.sum((1, 2)).detach()
+    return torch.tanh(self.lin(x) + self.q_bias)
+
+
+def into_a_deque(self: Any, x: Tensor) -> Tensor:
+    self.store.append(self.lin(x))
+    return torch.tanh(self.lin(x) + self.q_bias)
+
+
+@pytest.mark.parametrize(("run", "store"), [(into_an_object, Store()), (into_a_deque, collections.deque(maxlen=2))])
+def test_what_is_kept_anywhere_is_refused_by_name(run: Callable[[Any, Tensor], Tensor], store: Any) -> None:
+    """A loss that read it would see one sample, and clipping would not bound what another does to it."""
+    _, model, _, _ = attach(dpk.convert_model(around(run, store=store)), torch.zeros(4, 1), poisson_sampling=False)
+    with pytest.raises(BatchLayoutError, match="'1' is run one sample at a time, but keeps tensors"):
+        model.train()(torch.randn(4, *TOKENS))
+
+
+def test_what_a_hook_of_the_user_records_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model, seen = around(lambda self, x: torch.tanh(self.lin(x) + self.q_bias)), {}
+    model[1].lin.register_forward_hook(lambda module, args, output: seen.__setitem__("h", output))
+    _, model, _, _ = attach(dpk.convert_model(model), torch.zeros(4, 1), poisson_sampling=False)
+    with pytest.raises(BatchLayoutError, match="keeps tensors"):
+        model(torch.randn(4, *TOKENS))
+
+
+def test_caches_by_length_are_kept() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        if x.shape[1] not in self.cache:
+            self.cache[x.shape[1]] = torch.linspace(0.5, 1.5, x.shape[1])[:, None]
+        return torch.tanh(self.lin(x) + self.q_bias) * self.cache[x.shape[1]]
+
+    cache: dict[int, Tensor] = {5: torch.linspace(0.5, 1.5, 5)[:, None]}
+    model = dpk.convert_model(around(run, cache=cache))
+    _, model, optimizer, _ = attach(model, torch.zeros(4, 1), poisson_sampling=False)
+    for length in (5, 5, 7, 7, 3):
+        loss(model, torch.randn(4, length, WIDTH)).backward()
+        assert optimizer.step()
+
+
+def test_a_cache_that_grows_under_vmap_is_no_wrapper() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        if x.shape[1] not in self.cache:
+            self.cache[x.shape[1]] = x.new_full((x.shape[1], 1), 0.5)
+        return torch.tanh(self.lin(x) + self.q_bias) * self.cache[x.shape[1]]
+
+    cache: dict[int, Tensor] = {5: torch.full((5, 1), 0.5)}
+    model = dpk.convert_model(around(run, cache=cache))
+    _, model, optimizer, _ = attach(model, torch.zeros(4, 1), poisson_sampling=False)
+    for length, batch in ((5, 4), (5, 4), (7, 4), (7, 3), (7, 4)):
+        x = torch.randn(batch, length, WIDTH)
+        loss(model, x).backward()
+        assert optimizer.step()
+    with torch.no_grad():
+        assert torch.isfinite(model(x)).all()
+    assert all(type(tensor) is Tensor and tensor.sum().isfinite() for tensor in cache.values())
+
+
+def counts(self: Any, x: Tensor) -> Tensor:
+    if self.training:
+        self.n += 1
+    y = torch.tanh(self.lin(x) + self.q_bias)
+    return y if self.by_vmap else y * (1 + self.n)  # samples would see counts of their own
+
+
+@pytest.mark.parametrize("by_vmap", [True, False])
+def test_counters_in_buffers_count_batches(by_vmap: bool) -> None:
+    torch.manual_seed(0)
+    model = around(counts, by_vmap=by_vmap)
+    model[1].register_buffer("n", torch.zeros(()))
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, *TOKENS)
+    model = dpk.convert_model(model)
+    _, model, optimizer, _ = attach(model.train(), x, poisson_sampling=False, bound=1e3)
+    for n in range(1, 4):
+        with torch.no_grad():
+            for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+                p.copy_(q)
+        y = model(x)
+        torch.testing.assert_close(y, twin.train()(x))
+        assert model[1].n == n == twin[1].n
+        y.sum().backward()
+        assert optimizer.step()
+    assert all(call.at_once == by_vmap for alone in alone_in(model) for call in alone.calls)
+
+
+class Merges(Raw):
+    """Like LoRA layers that add their product to the frozen weight when evaluation begins."""
+
+    def train(self, mode: bool = True) -> Merges:
+        if mode != self.training:
+            with torch.no_grad():
+                self.lin.weight.add_(-1.0 if mode else 1.0)
+        return super().train(mode)
+
+
+def test_proofs_merge_no_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Merges(lambda self, x: torch.tanh(self.lin(x) + self.q_bias)), nn.Linear(WIDTH, 3))
+    x, before = torch.randn(4, *TOKENS), model[0].lin.weight.clone()
+    dpk.convert_model(model, sample_batch=x)
+    assert torch.equal(model[0].lin.weight, before)
+    _, model, optimizer, _ = attach(model, x, poisson_sampling=False)
+    loss(model, x).backward()
+    assert optimizer.step()
+    assert torch.equal(model[0].lin.weight, before)
+
+
+def test_inputs_changed_in_place_are_served() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = Raw(self.run), nn.Linear(WIDTH, 3)
+
+        @staticmethod
+        def run(inner: Any, x: Tensor) -> Tensor:
+            x += inner.q_bias
+            return x
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(x)
+            return self.out(y + self.inner(y))
+
+    torch.manual_seed(0)
+    model, x = dpk.convert_model(Residual()), torch.randn(4, *TOKENS)
+    assert dpk.check_model(model, x, loss).worst < 1e-5
+
+
+def test_models_whose_evaluation_is_another_are_served() -> None:
+    class Trains(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Raw(self.run)
+
+        @staticmethod
+        def run(inner: Any, x: Tensor) -> Tensor:
+            inner.last_shape = x.shape
+            return torch.tanh(inner.lin(x) + inner.q_bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                raise ValueError("for training only")
+            return self.inner(x)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, *TOKENS)
+    _, model, optimizer, _ = attach(dpk.convert_model(Trains()).train(), x, poisson_sampling=False)
+    loss(model, x).backward()
+    assert optimizer.step()
 
 
 class Grows(Raw):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import dp_bitfit_kernels as dpk
 from dp_bitfit_kernels import layers
 from dp_bitfit_kernels._validate import UnsupportedModuleError
+from dp_bitfit_kernels.layers import norm_then
 from dp_bitfit_kernels.layers.norm_then import BatchNormThenLayer, GroupNormThenLayer, LayerNormThenLayer, find
 
 
@@ -70,9 +71,41 @@ class Unscaled(BatchNormAct):
         return self.act(self.drop(y))
 
 
+class OfPositive(BatchNormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.abs(), self.bias.abs()
+        y = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, self.training, 0.1, self.eps)
+        return self.act(self.drop(y))
+
+
+class Clipped(BatchNormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-10.0, 10.0))
+
+
+class Reversed(BatchNormAct):
+    """The outputs are right, the gradient is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return -y + (2.0 * y).detach()
+
+
 class Gated(GroupNormAct):
     def forward(self, x: Tensor, gate: float = 1.0) -> Tensor:
         return gate * super().forward(x)
+
+
+@pytest.fixture(autouse=True)
+def _taken_for_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only forwards of timm's file are taken; these stand in for it."""
+    monkeypatch.setattr(norm_then, "_LOOKED_AT", {__name__})
+
+
+def test_forwards_of_other_files_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert {"timm.layers.norm_act"} == norm_then._LOOKED_AT
+    assert find(BatchNormAct(4)) is None
 
 
 IMAGE, TOKENS = (4, 5, 6), (5, 6)
@@ -131,11 +164,34 @@ def test_the_dropout_it_holds_stays_random() -> None:
     assert 0.3 < (first ^ second).float().mean() < 0.7
 
 
-@pytest.mark.parametrize("make", [ActFirst, ActTwice, Unscaled])
+@pytest.mark.parametrize("make", [ActFirst, ActTwice, Unscaled, OfPositive, Clipped, Reversed])
 def test_what_does_otherwise_is_refused(make: Callable[[int], nn.Module]) -> None:
     assert find(make(4)) is None
     with pytest.raises(UnsupportedModuleError, match="own forward"):
         dpk.convert_model(made(lambda: make(4)))
+
+
+def test_what_the_trial_cannot_run_is_left() -> None:
+    class Conditioned(LayerNormAct):
+        def __init__(self) -> None:
+            super().__init__(6)
+            self.proj = nn.Linear(2, 12)
+            self.parts = nn.ModuleList([nn.ReLU()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale, shift = self.proj(self.condition).chunk(2, -1)
+            return nn.LayerNorm.forward(self, x) * (1 + scale) + shift
+
+    assert find(Conditioned()) is None
+    plain = BatchNormAct(4)
+    plain.weight = plain.bias = None  # affine=False
+    assert find(plain) is not None
+
+
+def test_its_input_may_be_named() -> None:
+    model, x = made(lambda: BatchNormAct(4)).eval(), torch.randn(4, *IMAGE)
+    expected = model[0](x)
+    assert torch.equal(dpk.convert_model(model)[0](x=x), expected)
 
 
 def test_more_arguments_are_not_dropped() -> None:

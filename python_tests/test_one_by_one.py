@@ -159,20 +159,22 @@ def test_modules_that_vmap_cannot_run_go_one_by_one(name: str) -> None:
     assert not any(call.at_once for alone in alone_in(model) for call in alone.calls)
 
 
-def test_samples_in_one_forward_have_masks_of_their_own() -> None:
+@pytest.mark.parametrize("by_module", [True, False])
+def test_samples_have_masks_of_their_own(by_module: bool) -> None:
     class Dropping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.shift_bias = nn.Parameter(torch.ones(256))
+            self.shift_bias, self.drop = nn.Parameter(torch.ones(256)), nn.Dropout(0.5)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.dropout(x + self.shift_bias, 0.5, self.training)
+            y = x + self.shift_bias
+            return self.drop(y) if by_module else F.dropout(y, 0.5, self.training)
 
     torch.manual_seed(0)
     model, x = dpk.convert_model(Dropping()), torch.zeros(4, 3, 256)
     _, model, _, _ = attach(model, x, poisson_sampling=False)
     kept = model.train()(x) != 0
-    assert all(call.at_once for call in alone_in(model)[0].calls)
+    assert all(call.at_once == by_module for call in alone_in(model)[0].calls)
     for i in range(4):
         for j in range(i):
             assert 0.4 < (kept[i] == kept[j]).float().mean() < 0.6

@@ -22,7 +22,8 @@ from ..functional import BiasGradFunction, apply
 # first five along.
 STATE = (
     *("trained", "backend", "layer_name", "memory", "still"),
-    *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before", "arrangement", "leaves", "calls", "tried"),
+    *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before"),
+    *("arrangement", "leaves", "calls", "tried", "written"),
 )
 _KEPT = STATE[:5]
 

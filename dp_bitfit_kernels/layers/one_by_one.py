@@ -84,10 +84,11 @@ class OneByOneLayer(BiasLayer):
             [tensor] * batch if axis is None else [tensor.narrow(axis, i * k, k) for i in range(batch)]
             for tensor, axis, k in self.cuts(call, arguments, batch)
         ]  # not split: its views take no change in place
-        outputs = [
-            self.run_one(replaced(arguments, [parts[i] for parts in slices]), {name: own[name][i] for name in own})
-            for i in range(batch)
-        ]
+        outputs = []
+        for i in range(batch):
+            with self.counted_once(last=i == batch - 1):
+                arguments_i = replaced(arguments, [parts[i] for parts in slices])
+                outputs.append(self.run_one(arguments_i, {name: own[name][i] for name in own}))
         return self.checked(joined(outputs, call.outputs), call, batch)
 
     def mapped(self, call: Call, arguments: Any, batch: int, copies: Mapping[str, Tensor]) -> Any:
@@ -102,21 +103,60 @@ class OneByOneLayer(BiasLayer):
             return list(tensors_in(structure))
 
         dims = ([axis for _, axis, _ in cuts], dict.fromkeys(copies, 0))
-        with self.buffers_without_wrappers():
+        with self.nothing_escapes():
             outputs = torch.func.vmap(one, in_dims=dims, randomness="different")(given, dict(copies))
         whole = [t.movedim(0, axis).flatten(axis, axis + 1) for t, axis in zip(outputs, call.outputs, strict=True)]
         return self.checked(replaced(structure, whole), call, batch)
 
     @contextmanager
-    def buffers_without_wrappers(self) -> Iterator[None]:
-        """Refuse buffers made from what vmap runs on, which is nothing outside of it; they are put back."""
-        before = [(module, name, b) for module in self.modules() for name, b in module._buffers.items()]
+    def counted_once(self, last: bool) -> Iterator[None]:
+        """Put buffers back that a run writes (it counts batches, say), but for the last of them.
+
+        Which these are is known from the run before: the proof of the layout, for the first.
+        """
+        known = self.__dict__.setdefault("written", set())
+        held = [(module, name, b) for module in self.modules() for name, b in module._buffers.items() if b is not None]
+        versions = [buffer._version for _, _, buffer in held]
+        before = [b.clone() if (id(module), name) in known and not last else None for module, name, b in held]
         yield
-        for module, name, buffer in before:
-            found = module._buffers.get(name)
-            if found is not None and torch._C._functorch.is_functorch_wrapped_tensor(found):
-                module._buffers[name] = buffer
-                raise EscapedError(f"layer {self.layer_name!r} makes its buffer {name!r} anew under vmap")
+        for (module, name, buffer), version, value in zip(held, versions, before, strict=True):
+            if buffer._version != version:
+                known.add((id(module), name))
+                if value is not None:
+                    with torch.no_grad():
+                        buffer.copy_(value)
+
+    @contextmanager
+    def nothing_escapes(self) -> Iterator[None]:
+        """Refuse to keep what exists under vmap only, in buffers, attributes and in lists and dicts that are some."""
+        owners = [vars(module) for module in self.modules()] + [module._buffers for module in self.modules()]
+        before = [dict(owner) for owner in owners]
+        escaped = False
+        try:
+            yield
+        finally:
+            for owner, held in zip(owners, before, strict=True):
+                for name in [name for name, value in owner.items() if isinstance(value, Tensor) and is_wrapped(value)]:
+                    escaped = True
+                    del owner[name]
+                    if name in held:
+                        owner[name] = held[name]
+                for name, value in owner.items():
+                    if name in _OWN_DICTS:
+                        continue
+                    if isinstance(value, dict):
+                        gone = [key for key, item in value.items() if any(is_wrapped(t) for t in tensors_in(item))]
+                        for key in gone:
+                            del value[key]
+                    elif isinstance(value, list):
+                        gone = [n for n, item in enumerate(value) if any(is_wrapped(t) for t in tensors_in(item))]
+                        for n in reversed(gone):
+                            del value[n]
+                    else:
+                        continue
+                    escaped |= bool(gone)
+        if escaped:
+            raise EscapedError(f"layer {self.layer_name!r} keeps a tensor that exists under vmap only")
 
     def run_one(self, arguments: Any, own: Mapping[str, Tensor]) -> Any:
         """The class's own forward with these tensors in the places of parameters."""
@@ -188,6 +228,13 @@ class OneByOneLayer(BiasLayer):
                 )
             found.append((tensor, axis, 0 if axis is None else tensor.shape[axis] // batch))
         return found
+
+
+_OWN_DICTS = ("_parameters", "_buffers", "_modules")
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def joined(outputs: list[Any], axes: tuple[int, ...]) -> Any:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._nested import map_tensors
 from .._validate import BatchLayoutError
 from .base import BiasLayer, LayerKind
 from .standing_in import standing_in
@@ -52,10 +54,11 @@ class OwnForwardLayer(BiasLayer):
         """Whether a change of the bias shows as it is in the output of this very call."""
         bias = self.own_bias().detach()
 
-        def run(value: Tensor) -> Any:
+        def run(value: Tensor, wanted: bool = False) -> Any:
             torch.manual_seed(0)
+            own_args, own_kwargs = map_tensors((args, kwargs), partial(_given, wanted=wanted))
             with standing_in([([(self, "bias")], value)]):
-                return super(OwnForwardLayer, self).forward(*args, **kwargs)
+                return super(OwnForwardLayer, self).forward(*own_args, **own_kwargs)
 
         dim = 1 if self.channels_first else -1
         with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())), _put_back(self):
@@ -114,10 +117,10 @@ def find(module: nn.Module) -> LayerKind | None:
 def _is_added(module: nn.Module, bias: Tensor, x: Tensor, dim: int, generator: torch.Generator) -> bool:
     """Whether changes of the bias show in the output as they are, along ``dim``, in evaluation and in training."""
 
-    def run(value: Tensor) -> Any:
+    def run(value: Tensor, wanted: bool = False) -> Any:
         torch.manual_seed(0)
         with standing_in([([(module, "bias")], value)]):
-            return module(x)
+            return type(module).forward(module, _given(x, wanted))
 
     with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())), _put_back(module):
         for mode in (False, True):
@@ -130,7 +133,12 @@ def _is_added(module: nn.Module, bias: Tensor, x: Tensor, dim: int, generator: t
     return True
 
 
-def _shows(run: Callable[[Tensor], Any], bias: Tensor, dim: int, generator: torch.Generator) -> bool:
+def _given(x: Tensor, wanted: bool) -> Tensor:
+    """A copy that may be changed in place; ``wanted``: whose gradient is asked for."""
+    return x.detach().requires_grad_(wanted and x.is_floating_point()).clone()
+
+
+def _shows(run: Callable[..., Any], bias: Tensor, dim: int, generator: torch.Generator) -> bool:
     """Whether ``run`` of a changed bias differs by the change, along ``dim``."""
     before = run(bias)
     if not isinstance(before, Tensor) or before.dim() < 2 or before.shape[dim] != bias.numel():
@@ -143,7 +151,7 @@ def _shows(run: Callable[[Tensor], Any], bias: Tensor, dim: int, generator: torc
         difference = run(bias + change) - before - change.view(along)
         if difference.numel() and not float(difference.abs().max()) <= room:
             return False
-    return _passes_its_gradient(run, bias, dim, room / size, generator)
+    return all(_passes_its_gradient(partial(run, wanted=w), bias, dim, room / size, generator) for w in (False, True))
 
 
 def _passes_its_gradient(
@@ -157,8 +165,9 @@ def _passes_its_gradient(
             return False
         seed = torch.randn(output.shape, generator=generator).to(output)
         (found,) = torch.autograd.grad(output, value, seed, allow_unused=True)
-    taken = seed.movedim(dim, -1).flatten(0, -2).sum(0)
-    return found is not None and float((found - taken).abs().max()) <= room * (float(seed.abs().sum(dim).max()) + 1.0)
+    summed = seed.float().movedim(dim, -1).flatten(0, -2)
+    allowed = room * (float(summed.abs().sum(0).max()) + 1.0)
+    return found is not None and float((found - summed.sum(0)).abs().max()) <= allowed
 
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)

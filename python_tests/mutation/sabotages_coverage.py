@@ -68,6 +68,13 @@ COVERAGE = (
         "        if difference.numel() and not float(difference.abs().max()) <= room:\n",
         "        if False:\n",
         (f"{OWN}::test_rows_are_those_of_the_samples",),
+        also=(
+            (
+                "layers/own_forward.py",
+                "    return all(_passes_its_gradient(",
+                "    return True or all(_passes_its_gradient(",
+            ),
+        ),
     ),
     Sabotage(
         "a forward is tried in evaluation alone",
@@ -96,12 +103,12 @@ COVERAGE = (
         "layers/one_by_one.py",
         'randomness="different"',
         'randomness="same"',
-        (f"{ALONE}::test_samples_in_one_forward_have_masks_of_their_own",),
+        (f"{ALONE}::test_samples_have_masks_of_their_own[True]",),
     ),
     Sabotage(
         "a module is run for all samples at once untried",
         "_trial.py",
-        "                tried = _slices.works_at_once(layer, call, (args, kwargs), len(rows))\n",
+        "                tried = _slices.works_at_once(layer, call, given, len(rows))\n",
         "                tried = True\n",
         (f"{ATTACKED}::test_what_vmap_takes_another_way_through_goes_one_by_one[scaled_by_hook]",),
     ),
@@ -129,9 +136,30 @@ COVERAGE = (
     Sabotage(
         "a forward of its own is tried by its values alone",
         "layers/own_forward.py",
-        "    return _passes_its_gradient(run, bias, dim, room / size, generator)\n",
-        "    return True\n",
+        "    return all(_passes_its_gradient(",
+        "    return True or all(_passes_its_gradient(",
         (f"{OWN}::test_rows_are_those_of_the_samples[partly detached]",),
+    ),
+    Sabotage(
+        "what a module keeps in other objects is not seen",
+        "_slices.py",
+        "    if kept or kept_too:\n",
+        "    if False:\n",
+        (f"{ATTACKED}::test_what_is_kept_anywhere_is_refused_by_name",),
+    ),
+    Sabotage(
+        "buffers count samples",
+        "layers/one_by_one.py",
+        "                if value is not None:\n",
+        "                if False:\n",
+        (f"{ATTACKED}::test_counters_in_buffers_count_batches[False]",),
+    ),
+    Sabotage(
+        "vmap is tried in evaluation alone",
+        "_slices.py",
+        "        return same_now and same_then",
+        "        return same_then",
+        (f"{ATTACKED}::test_what_vmap_takes_another_way_through_goes_one_by_one[scaled_in_training]",),
     ),
     Sabotage(
         "what leaves a module by lists and hooks is not seen",
@@ -139,6 +167,7 @@ COVERAGE = (
         "        calls = _require_same_around(trial, calls)\n",
         "",
         (f"{ATTACKED}::test_what_leaves_by_lists_and_hooks_is_seen[True]",),
+        also=(("_slices.py", "    if kept or kept_too:\n", "    if False:\n"),),
     ),
     Sabotage(
         "numbers that a module gives are those of one sample",
