@@ -111,7 +111,8 @@ def _warn_of_names(tensor: Slot, host: Site) -> None:
         if site.kind is not None and site.taken:
             around = host.names[0] or "the whole model"
             warnings.warn(
-                f"{site.names[0]}: {site.obstacle}. So {around} is run one sample at a time, which is slower: rename them",
+                f"{site.names[0]}: {site.obstacle}. So {around} is run one sample at a time, which is slower: rename "
+                "them",
                 stacklevel=5,
             )
 
