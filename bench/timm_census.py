@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +24,8 @@ from bench import results
 from bench.environment import environment
 from bench.model_census import checked, coverage, summary
 
-LARGEST = 120e6  # parameters of a model that is run
+LARGEST = 60e6  # parameters of a model that is run
+SECONDS = 100
 
 
 def static(name: str) -> dict[str, Any]:
@@ -43,6 +45,25 @@ def static(name: str) -> dict[str, Any]:
 
 def dynamic(name: str) -> dict[str, Any]:
     """Whether it has the per-sample gradients of its samples."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(SECONDS)
+    try:
+        return _asked(name)
+    except _TooLongError:
+        return {"status": "not run", "why": f"more than {SECONDS} s"}
+    finally:
+        signal.alarm(0)
+
+
+class _TooLongError(BaseException):
+    pass
+
+
+def _too_long(number: int, frame: Any) -> None:
+    raise _TooLongError
+
+
+def _asked(name: str) -> dict[str, Any]:
     import timm
 
     warnings.simplefilter("ignore")
