@@ -227,6 +227,12 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _ran(row: dict[str, Any]) -> bool:
+    return row["status"] in RAN or row.get("why", "").startswith(
+        "more than"
+    )  # which a busy machine may be to blame for
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--classes", default="", help="beginnings of names, by commas; all without it")
@@ -240,7 +246,7 @@ def main() -> None:
     found = {}
     if options.again:
         found = json.loads(results.path("census.json").read_text())["classes"]
-        names = {name: names[name] for name in names if found[name]["dynamic"]["status"] in RAN}
+        names = {name: names[name] for name in names if _ran(found[name]["dynamic"])}
     for name, entry in run(names, options.jobs):
         found[name] = entry
         dynamic_part = {k: v for k, v in entry["dynamic"].items() if k != "inputs"}
