@@ -1,6 +1,6 @@
 """Which models of timm are covered, and are their per-sample gradients right?
 
-    python -m bench.timm_census [--modules beit,vgg] [--jobs 2] [--save]
+    python -m bench.timm_census [--modules beit,vgg] [--jobs 1] [--save]
 
 The questions of ``bench.model_census``, of every entry point of timm: where its biases go, on the meta device. The
 smallest model of each of timm's modules also runs on two random images of the size it is made for, in float64, since
@@ -99,7 +99,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--modules", default="", help="modules of timm.models, by commas; all without it")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="each may take 10 GB")
     parser.add_argument("--save", action="store_true", help="also into bench/results/cpu/census_timm.json")
     options = parser.parse_args()
     chosen = options.modules.split(",") if options.modules else timm.list_modules()
