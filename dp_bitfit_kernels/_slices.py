@@ -45,15 +45,13 @@ def require_same(layer: OneByOneLayer, call: Call, arguments: Any, batch: int) -
             args, kwargs = _fresh(arguments)
             whole = layer.whole(*args, **kwargs)
             parts, kept = _watched(layer, call, arguments, batch)
-        if not any(module.training for module in layer.modules()):
-            kept_too = 0
-        else:
-            _, kept_too = _watched(layer, call, arguments, batch)
+        if any(module.training for module in layer.modules()):
+            kept += _watched(layer, call, arguments, batch)[1]
     except _FAILURES as error:
         raise BatchLayoutError(
             f"layer {layer.layer_name!r} cannot be run one sample at a time: {error}. {INSTEAD}", [layer]
         ) from error
-    if kept or kept_too:
+    if kept:
         raise BatchLayoutError(
             f"layer {layer.layer_name!r} is run one sample at a time, but keeps tensors of its forward somewhere (an "
             f"object, a hook that records), where others may look for the whole batch. {INSTEAD}",

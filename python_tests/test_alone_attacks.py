@@ -464,6 +464,7 @@ def test_a_later_batch_where_vmap_cannot_go(make: Callable[[], nn.Module]) -> No
     with torch.no_grad():
         model(longer)
     assert all(type(value.clone()) is Tensor for value in model.state_dict().values())
+    assert list(model.state_dict()) == list(twin.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -138,9 +138,10 @@ class OneByOneLayer(BiasLayer):
             for owner, held in zip(owners, before, strict=True):
                 for name in [name for name, value in owner.items() if isinstance(value, Tensor) and is_wrapped(value)]:
                     escaped = True
-                    del owner[name]
-                    if name in held:
+                    if name in held:  # in its place: the order of buffers is that of the state_dict
                         owner[name] = held[name]
+                    else:
+                        del owner[name]
                 for name, value in owner.items():
                     if name in _OWN_DICTS:
                         continue
