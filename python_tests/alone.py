@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from layouts import WIDTH
 from networks import OwnForward
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from dp_bitfit_kernels.layers.one_by_one import OneByOneLayer
 
 
 class QueryBias(nn.Module):
@@ -200,3 +203,27 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
     y = model(x)
     weights = torch.linspace(-1.0, 1.0, y[0].numel()).view(y.shape[1:])
     return (y * weights).flatten(1).mean(1).sin().mean()
+
+
+class Raw(nn.Module):
+    """A module with a bias that no layer's rule covers, and this forward."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Any], **own: Any) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.q_bias = nn.Parameter(torch.randn(WIDTH))
+        self.run = run
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def around(run: Callable[[Any, Tensor], Any], **own: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), Raw(run, **own), nn.Linear(WIDTH, 3))
+
+
+def alone_in(model: nn.Module) -> list[OneByOneLayer]:
+    return [module for module in model.modules() if isinstance(module, OneByOneLayer)]

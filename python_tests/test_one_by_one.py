@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from alone import CASES, TOKENS, loss
+from alone import CASES, TOKENS, alone_in, loss
 from attach import attach
 from layouts import WIDTH
 from networks import accounted, same, snapshot
@@ -140,12 +140,6 @@ def test_modules_that_vmap_can_run_go_through_one_forward(name: str) -> None:
     loss(model, x).backward()  # the third batch is not asked for its layout
     assert all(ran.count(module) <= 2 for module in ran)
     assert all(call.at_once for alone in alone_in(model) for call in alone.calls)
-
-
-def alone_in(model: nn.Module) -> list[OneByOneLayer]:
-    found = [module for module in model.modules() if isinstance(module, OneByOneLayer)]
-    assert found
-    return found
 
 
 @pytest.mark.parametrize("name", ["experts", "routed linears", "lstm", "gru"])

@@ -6,7 +6,7 @@ from sabotage import Sabotage
 
 LAYOUTS, ALONE, OWN = "test_layouts.py", "test_one_by_one.py", "test_own_forward.py"
 REFUSALS, PROOFS = "test_one_by_one_refusals.py", "test_proofs.py"
-ATTACKED = "test_alone_attacks.py"
+ATTACKED, KEPT = "test_alone_attacks.py", "test_alone_kept.py"
 CHECK = f"{LAYOUTS}::TestCheckModel"
 UNCOMPARED = ("layout.py", "        calls = _require_same_around(trial, calls)\n", "")
 COMPARED = "            if calls is not None and layer.mixin is OneByOneLayer:\n"
@@ -145,14 +145,14 @@ COVERAGE = (
         "_slices.py",
         "    if kept:\n",
         "    if False:\n",
-        (f"{ATTACKED}::test_what_is_kept_anywhere_is_refused_by_name",),
+        (f"{KEPT}::test_what_is_kept_anywhere_is_refused_by_name",),
     ),
     Sabotage(
         "buffers count samples",
         "layers/one_by_one.py",
         "                if value is not None:\n",
         "                if False:\n",
-        (f"{ATTACKED}::test_counters_in_buffers_count_batches[False]",),
+        (f"{KEPT}::test_counters_in_buffers_count_batches[False]",),
     ),
     Sabotage(
         "vmap is tried in evaluation alone",
@@ -166,7 +166,7 @@ COVERAGE = (
         "layout.py",
         "        calls = _require_same_around(trial, calls)\n",
         "",
-        (f"{ATTACKED}::test_what_leaves_by_lists_and_hooks_is_seen[True]",),
+        (f"{KEPT}::test_what_leaves_by_lists_and_hooks_is_seen[True]",),
         also=(("_slices.py", "    if kept:\n", "    if False:\n"),),
     ),
     Sabotage(
@@ -174,7 +174,7 @@ COVERAGE = (
         "_slices.py",
         "list(plain_in(first)) == list(plain_in(second))",
         "True",
-        (f"{ATTACKED}::test_outputs_that_are_no_tensors_are_those_of_the_batch[False]",),
+        (f"{KEPT}::test_outputs_that_are_no_tensors_are_those_of_the_batch[False]",),
         also=(UNCOMPARED,),
     ),
     Sabotage(
