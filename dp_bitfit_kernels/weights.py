@@ -123,12 +123,8 @@ class WeightSink:
             raise EngineError(f"weight {self.name!r}: a gradient of {use.batch} samples in a batch of {self.batch}")
         if self._rows is not None or (not self._uses and self.plan(use) == "kept"):
             with full_precision():
-                for samples, part in self._pieces([use]):
-                    made = use.rows(samples, part).reshape(-1, (part.stop - part.start) * self.width)
-                    if self._rows is None:
-                        shape = (self.batch, self.height * self.width)
-                        self._rows = torch.zeros(shape, dtype=torch.float32, device=made.device)
-                    self._rows[samples, part.start * self.width : part.stop * self.width] += made
+                made = use.rows(slice(0, self.batch), slice(0, self.height)).reshape(self.batch, -1)
+            self._rows = made if self._rows is None else self._rows.add_(made)
             return
         self._uses.append((use, _versions(use)))
 
