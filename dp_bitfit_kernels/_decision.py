@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import warnings
+from collections.abc import Collection
 
 from torch import nn
 
@@ -55,12 +56,19 @@ class Wish:
     silent: dict[int, Part]
 
 
-def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Module, str]) -> Plan:
-    """What to do to each; ``unfit``: layers whose rows were found not to be samples, and why."""
+def decide(
+    sites: list[Site],
+    tensors: list[Slot],
+    wish: Wish,
+    unfit: dict[nn.Module, str],
+    uncopied: Collection[nn.Module] = (),
+) -> Plan:
+    """What to do to each; ``unfit``: layers whose rows were found not to be samples, and why; ``uncopied``: modules to
+    which copies of what samples share cannot be given."""
     used, silent = wish.used, wish.silent
     _check_statistics(sites)
     head = {id(site) for site in sites if any(wish.whole.covers(name) for name in site.names)}
-    no_layer = {id(module) for module in unfit}
+    no_layer = {id(module) for module in (*unfit, *uncopied)}
     hosts = Hosts(sites, unfit, None if used is None else used.called)
 
     reasons: dict[int, str] = {}  # index of the tensor -> why it is frozen

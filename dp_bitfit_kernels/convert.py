@@ -21,6 +21,7 @@ from ._survey import Site, Slot, arguments, evaluate, survey, undisturbed, usage
 from ._validate import BatchLayoutError, ConversionError
 from .evidence import INSTEAD
 from .layers.one_by_one import OneByOneLayer
+from .layers.spread import SpreadLayer
 from .report import NOT_A_BIAS, ConversionReport
 
 _BACKENDS = ("auto", "reference", "native", "triton")
@@ -174,13 +175,16 @@ def _settle(
 ) -> Plan:
     """Swap the layers in; again, with the modules around them, for those whose rows are not samples of the batch."""
     unfit: dict[nn.Module, str] = {}  # and why
+    uncopied: set[nn.Module] = set()  # copies of what samples share do not serve in them
     while True:
-        plan = decide(sites, tensors, wish, unfit)
+        plan = decide(sites, tensors, wish, unfit, uncopied)
         _swap(plan, backend, wish.memory)
         more = {} if wish.used is None else _unheld(model, sample_batch, plan)
         if not more:
             return plan
-        unfit.update(more)
+        spread = {site.module for site, kind, _ in plan.swap if issubclass(kind.mixin, SpreadLayer)}
+        uncopied |= spread & more.keys()
+        unfit.update({module: why for module, why in more.items() if module not in spread})
 
 
 def _unheld(model: nn.Module, sample_batch: Any, plan: Plan) -> dict[nn.Module, str]:
