@@ -9,10 +9,11 @@ import warnings
 from torch import nn
 
 from . import layers
+from ._foreign import PUT_ASIDE, integer_weights, kept_aside
 from ._hosts import Hosts, below, inside, relative
 from ._selection import BiasRule, ModuleRule
 from ._signal import NO_SIGNAL, Part
-from ._survey import Site, Slot, Usage
+from ._survey import Site, Slot, Usage, classes_of
 from ._validate import ConversionError, UnsupportedModuleError
 from .layers.one_by_one import ONE_BY_ONE, OneByOneLayer
 from .report import ConversionReport
@@ -59,7 +60,11 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
     """What to do to each; ``unfit``: layers whose rows were found not to be samples, and why."""
     used, silent = wish.used, wish.silent
     _check_statistics(sites)
-    head = {id(site) for site in sites if any(wish.whole.covers(name) for name in site.names)}
+    covered = wish.whole.covered(classes_of(sites))
+    head = {id(site) for site in sites if not covered.isdisjoint(site.names)}
+    _refuse_integers([site for site in sites if id(site) in head])
+    _refuse_half_of_a_tie(tensors, head, wish.biases)
+    put_aside = kept_aside(sites)
     no_layer = {id(module) for module in unfit}
     hosts = Hosts(sites, unfit, None if used is None else used.called)
 
@@ -69,6 +74,8 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
     for index, tensor in enumerate(tensors):
         in_head = any(id(site) in head for site, _ in tensor.owners)
         reason = None if in_head else wish.biases.reason(tensor.names, tensor.not_bias)
+        if reason is None and all(id(site) in put_aside for site, _ in tensor.owners):
+            reason = PUT_ASIDE
         if reason is None and used is not None and not used.uses(tensor):
             reason = NEVER_CALLED
         part = None if in_head else silent.get(id(tensor.parameter))
@@ -104,6 +111,40 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
         if part is not None and not any(id(site) in head for site, _ in tensors[index].owners):
             plan.keep_still(tensors[index], owners, part)
     return plan
+
+
+def _refuse_integers(whole: list[Site]) -> None:
+    """Raises UnsupportedModuleError naming quantised weights in modules that are to be trained whole."""
+    found = [(site.names[0], own, what) for site in whole for own, what in integer_weights(site.module)]
+    if found:
+        left_out = ", ".join(f'"!{name}"' for name in dict.fromkeys(name for name, _, _ in found))
+        raise UnsupportedModuleError(
+            "train_modules asks for quantised weights; integer weights have no gradient:\n"
+            + _itemised([(f"{name}.{own}" if name else own, what) for name, own, what in found])
+            + "\ntrain what lies over them, biases and LoRA (presets.lora_and_bitfit()), or leave these modules out, by "
+            f"train_modules=(..., {left_out})"
+        )
+
+
+def _refuse_half_of_a_tie(tensors: list[Slot], head: set[int], biases: BiasRule) -> None:
+    """Raises ConversionError for weights of modules trained whole that belong to other modules, too.
+
+    A pattern of `biases` that spells the weight out asks for it wherever it is. Biases are trained wherever they are.
+    """
+    for tensor in tensors:
+        if not tensor.not_bias or biases.reason(tensor.names, tensor.not_bias) is None:
+            continue
+        inside, outside = (
+            [(site.names[0], own) for site, own in tensor.owners if (id(site) in head) is trained]
+            for trained in (True, False)
+        )
+        if inside and outside:
+            mine, theirs = (f"{name}.{own}" if name else own for name, own in (inside[0], outside[0]))
+            others = ", ".join(repr(name or "*") for name, _ in outside)
+            raise ConversionError(
+                f"train_modules trains {mine!r}, which is tied to {theirs!r} of a module that it leaves frozen: they "
+                f"are one tensor. Name both modules in train_modules, ({inside[0][0]!r}, {others}), or neither"
+            )
 
 
 def _warn_of_names(tensor: Slot, host: Site) -> None:

@@ -61,7 +61,7 @@ class OneByOneLayer(BiasLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.attachment is None or not self.recording():
-            return super().forward(*args, **kwargs)
+            return self.whole(*args, **kwargs)
         call = self.call_of((args, kwargs))
         batch = next(iter(self.leaves.values())).shape[0]
         copies = {
@@ -163,7 +163,7 @@ class OneByOneLayer(BiasLayer):
         """The class's own forward with these tensors in the places of parameters."""
         args, kwargs = arguments
         with standing_in([(self.places(name), tensor) for name, tensor in own.items()]):
-            return super().forward(*args, **kwargs)
+            return self.whole(*args, **kwargs)
 
     def checked(self, whole: Any, call: Call, batch: int) -> Any:
         for tensor, axis, k in zip(tensors_in(whole), call.outputs, call.output_folds, strict=True):
@@ -181,8 +181,15 @@ class OneByOneLayer(BiasLayer):
         return proven.holds((size, 1), batch, shapes)
 
     def whole(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own forward, of the batch."""
-        return super().forward(*args, **kwargs)
+        """The class's own forward; of BatchNorm and its kin as in evaluation, since statistics of a private batch are
+        neither taken nor kept."""
+        if not (self.training and isinstance(self, nn.modules.batchnorm._NormBase)):
+            return super().forward(*args, **kwargs)
+        try:
+            self.training = False
+            return super().forward(*args, **kwargs)
+        finally:
+            self.training = True
 
     def has_leaves(self) -> bool:
         return bool(self.__dict__.get("leaves"))
