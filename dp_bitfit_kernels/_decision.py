@@ -121,7 +121,7 @@ def _refuse_integers(whole: list[Site]) -> None:
         raise UnsupportedModuleError(
             "train_modules asks for quantised weights; integer weights have no gradient:\n"
             + _itemised([(f"{name}.{own}" if name else own, what) for name, own, what in found])
-            + "\ntrain what lies over them, biases and LoRA (presets.lora_and_bitfit()), or leave these modules out, by "
+            + "\ntrain what lies over them, biases and LoRA (presets.lora_and_bitfit()), or leave these modules out: "
             f"train_modules=(..., {left_out})"
         )
 
