@@ -9,7 +9,7 @@ import warnings
 from torch import nn
 
 from . import layers
-from ._foreign import PUT_ASIDE, integer_weights, kept_aside
+from ._foreign import PUT_ASIDE, integer_weights, put_aside
 from ._hosts import Hosts, below, inside, relative
 from ._selection import BiasRule, ModuleRule
 from ._signal import NO_SIGNAL, Part
@@ -18,6 +18,7 @@ from ._validate import ConversionError, UnsupportedModuleError
 from .layers.one_by_one import ONE_BY_ONE, OneByOneLayer
 from .report import ConversionReport
 
+_LISTED = 8  # weights that an error names
 NEVER_CALLED = "never called on sample_batch: it would only receive noise"
 
 
@@ -64,7 +65,7 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
     head = {id(site) for site in sites if not covered.isdisjoint(site.names)}
     _refuse_integers([site for site in sites if id(site) in head])
     _refuse_half_of_a_tie(tensors, head, wish.biases)
-    put_aside = kept_aside(sites)
+    aside = put_aside(sites, tensors)
     no_layer = {id(module) for module in unfit}
     hosts = Hosts(sites, unfit, None if used is None else used.called)
 
@@ -74,7 +75,7 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
     for index, tensor in enumerate(tensors):
         in_head = any(id(site) in head for site, _ in tensor.owners)
         reason = None if in_head else wish.biases.reason(tensor.names, tensor.not_bias)
-        if reason is None and all(id(site) in put_aside for site, _ in tensor.owners):
+        if reason is None and id(tensor.parameter) in aside:
             reason = PUT_ASIDE
         if reason is None and used is not None and not used.uses(tensor):
             reason = NEVER_CALLED
@@ -117,12 +118,14 @@ def _refuse_integers(whole: list[Site]) -> None:
     """Raises UnsupportedModuleError naming quantised weights in modules that are to be trained whole."""
     found = [(site.names[0], own, what) for site in whole for own, what in integer_weights(site.module)]
     if found:
-        left_out = ", ".join(f'"!{name}"' for name in dict.fromkeys(name for name, _, _ in found))
+        left_out = ", ".join(f'"!{name}"' for name in dict.fromkeys(name for name, _, _ in found[:_LISTED]))
+        more = f"\n  ... and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise UnsupportedModuleError(
             "train_modules asks for quantised weights; integer weights have no gradient:\n"
-            + _itemised([(f"{name}.{own}" if name else own, what) for name, own, what in found])
-            + "\ntrain what lies over them, biases and LoRA (presets.lora_and_bitfit()), or leave these modules out: "
-            f"train_modules=(..., {left_out})"
+            + _itemised([(f"{name}.{own}" if name else own, what) for name, own, what in found[:_LISTED]])
+            + f"{more}"
+            "\ntrain what lies over them, biases and LoRA (presets.lora_and_bitfit()), or leave these modules out: "
+            f"train_modules=(..., {left_out}{', ...' if more else ''})"
         )
 
 

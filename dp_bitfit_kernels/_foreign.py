@@ -1,4 +1,4 @@
-"""What other packages make of a model that decides what can be trained: integer weights, and copies put aside."""
+"""What other packages make of a model that decides what can be trained: integer weights, and what peft puts aside."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._survey import Site
+from ._survey import Site, Slot
 
-PUT_ASIDE = "peft keeps it as it was: the copy in modules_to_save is what runs"
+PUT_ASIDE = "peft does not run it: a copy stands in for it, or its adapter is not active"
 
 _WEIGHT = re.compile(r".*weight.*|W_q")  # not indices and counters; bitsandbytes, GPTQ, AWQ and HQQ name them so
 
@@ -35,21 +35,28 @@ def _integers(tensor: Any) -> str:
     return "" if exact else str(tensor.dtype)
 
 
-def kept_aside(sites: Sequence[Site]) -> set[int]:
-    """ids of the sites that lie in what peft put a trained copy in the place of, and nowhere else."""
-    wrapper = getattr(sys.modules.get("peft.utils.other"), "ModulesToSaveWrapper", None)
-    if wrapper is None:
-        return set()
-    around = tuple(
-        f"{name}.original_module"
-        for site in sites
-        if isinstance(site.module, wrapper) and _runs_a_copy(site.module)
-        for name in site.names
-    )
-    return {
-        id(site) for site in sites if all(any(f"{name}.".startswith(f"{a}.") for a in around) for name in site.names)
-    }
+def put_aside(sites: Sequence[Site], tensors: Sequence[Slot]) -> set[int]:
+    """ids of the parameters that peft keeps and does not run, as its layers stand: what a copy was put in the place of,
+    and adapters that are not active."""
+    idle = tuple(f"{name}.{kept}." for site in sites for kept in _idle(site.module) for name in site.names)
+    return {id(slot.parameter) for slot in tensors if idle and all(f"{n}.".startswith(idle) for n in slot.names)}
 
 
-def _runs_a_copy(wrapper: Any) -> bool:
-    return not wrapper.disable_adapters and any(name in wrapper.modules_to_save for name in wrapper.active_adapters)
+def _idle(module: nn.Module) -> list[str]:
+    """What a layer of peft holds and does not call, by name."""
+    wrapper = getattr(sys.modules.get("peft.utils.other"), "ModulesToSaveWrapper", ())
+    tuner = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    norms = getattr(sys.modules.get("peft.tuners.ln_tuning.layer"), "LNTuningLayer", ())
+    if not isinstance(module, (wrapper, tuner)):
+        return []
+    layer: Any = module
+    held = ("modules_to_save",) if isinstance(module, wrapper) else layer.adapter_layer_names
+    active = () if layer.disable_adapters else layer.active_adapters
+    kept = {own: list(getattr(layer, own)) for own in held}
+    idle = [f"{own}.{name}" for own, names in kept.items() for name in names if name not in active]
+    runs_a_copy = any(name in names for names in kept.values() for name in active)
+    if runs_a_copy and isinstance(module, wrapper):
+        idle.append("original_module")
+    if runs_a_copy and isinstance(module, norms):
+        idle.append("base_layer")
+    return idle

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dp_bitfit_kernels as dpk
+from dp_bitfit_kernels._foreign import PUT_ASIDE
 
 
 def wanted(model: nn.Module, case: Case) -> set[str]:
@@ -134,7 +135,7 @@ def test_what_modules_to_save_stands_in_for_stays_frozen(head: str | tuple[str, 
     report = dpk.conversion_report(model)
     original = "base_model.model.classifier.original_module"
     assert not any(name.startswith(original) for name in report.trained)
-    assert "modules_to_save" in report.frozen[f"{original}.bias"]
+    assert "peft does not run it" in report.frozen[f"{original}.bias"]
     saved = "base_model.model.classifier.modules_to_save.default"
     assert f"{saved}.bias" in report.trained
     assert (f"{saved}.weight" in report.trained) == bool(head)
@@ -145,6 +146,24 @@ def test_an_original_head_that_runs_is_trained() -> None:
     with model.disable_adapter():
         dpk.convert_model(model, **dpk.presets.bitfit())
         assert "base_model.model.classifier.original_module.bias" in dpk.conversion_report(model).trained
+
+
+def test_of_several_adapters_the_active_one_is_trained() -> None:
+    model = wrapped(CASES["LoRA of an embedding"])
+    model.add_adapter("other", CASES["LoRA of an embedding"].config())
+    model.set_adapter("other")
+    dpk.convert_model(model, **dpk.presets.lora())
+    report = dpk.conversion_report(model)
+    lora = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert set(report.trained) == {name for name in lora if ".other" in name}
+    assert {report.frozen[name] for name in lora - set(report.trained)} == {PUT_ASIDE}
+
+
+def test_norms_that_stand_in_for_others_leave_their_biases_frozen() -> None:
+    model = dpk.convert_model(wrapped(CASES["LayerNorm tuning"]), **dpk.presets.bitfit())
+    report = dpk.conversion_report(model)
+    tuned = {name for name in (*report.trained, *report.frozen) if "LayerNorm" in name and name.endswith(".bias")}
+    assert tuned & set(report.trained) == {name for name in tuned if ".ln_tuning_layers." in name}
 
 
 def test_llama_adapter_is_chosen_by_the_names_of_its_parameters() -> None:

@@ -341,6 +341,11 @@ class TestIntegerWeights:
             dpk.convert_model(model, **preset)
         assert same(before, snapshot(model))
 
+    def test_of_many_some_are_named(self) -> None:
+        model = nn.Sequential(*(Int8Linear(2, 2) for _ in range(30)))
+        with pytest.raises(dpk.UnsupportedModuleError, match=r"7\.weight.*\n  \.\.\. and 22 more"):
+            dpk.convert_model(model, **dpk.presets.full())
+
     @pytest.mark.parametrize("name", QUANTISED)
     def test_biases_over_them_are_trained_and_so_is_the_rest(self, name: str) -> None:
         x = torch.randn(4, 6)

@@ -106,7 +106,8 @@ def find(module: nn.Module) -> LayerKind | None:
     if bias.device.type == "meta":  # values are needed: a small copy with some
         module = copy.deepcopy(module).to_empty(device="cpu")
         for parameter in module.parameters():
-            nn.init.normal_(parameter, generator=generator)
+            if parameter.is_floating_point():
+                nn.init.normal_(parameter, generator=generator)
         bias = module._parameters["bias"]
         assert bias is not None
     for shape in shapes:
