@@ -10,7 +10,7 @@ from torch import nn
 
 from . import layers
 from ._foreign import PUT_ASIDE, integer_weights, put_aside
-from ._hosts import Hosts, below, inside, relative
+from ._hosts import Hosts, below, inside, relative, within
 from ._selection import BiasRule, ModuleRule
 from ._signal import NO_SIGNAL, Part
 from ._survey import Site, Slot, Usage, classes_of
@@ -69,6 +69,8 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
     no_layer = {id(module) for module in unfit}
     hosts = Hosts(sites, unfit, None if used is None else used.called)
 
+    givers = _givers_below(sites, used, no_layer)
+
     reasons: dict[int, str] = {}  # index of the tensor -> why it is frozen
     wanted: dict[int, list[tuple[Site, str]]] = {}  # index of the tensor -> the owners that give its gradient
     refused: dict[bool, list[tuple[str, str]]] = {False: [], True: []}  # in a head or not -> name, why
@@ -84,6 +86,10 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
             reason = NO_SIGNAL
         if reason is not None:
             reasons[index] = reason
+            continue
+        giver = next((site for site, part in givers if all(within(name, part) for name in tensor.names)), None)
+        if giver is not None:
+            wanted[index] = [(giver, relative(tensor.names[0], giver))]
             continue
         wanted[index] = [
             (site, own)
@@ -112,6 +118,17 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
         if part is not None and not any(id(site) in head for site, _ in tensors[index].owners):
             plan.keep_still(tensors[index], owners, part)
     return plan
+
+
+def _givers_below(sites: list[Site], used: Usage | None, no_layer: set[int]) -> list[tuple[Site, str]]:
+    """Modules that give the parameters of a part below them, and the part's name."""
+    found = []
+    for site in sites:
+        part = None if site.kind is None or site.obstacle else site.kind.gives_below(site.module)
+        called = used is None or id(site.module) in used.called
+        if part is not None and called and id(site.module) not in no_layer and len(site.names) == 1:
+            found.append((site, f"{site.names[0]}.{part}" if site.names[0] else part))
+    return found
 
 
 def _refuse_integers(whole: list[Site]) -> None:

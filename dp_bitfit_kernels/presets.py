@@ -126,10 +126,9 @@ def ia3_and_bitfit(head: Patterns = ()) -> dict[str, Any]:
 
 def prompts(head: Patterns = ()) -> dict[str, Any]:
     """The virtual tokens of a peft model: prompt tuning (Lester et al., arXiv 2104.08691), prefix tuning (Li and Liang,
-    arXiv 2101.00190), P-tuning (Liu et al., arXiv 2103.10385). Give ``convert_model`` a ``sample_batch``, too: prompts
-    are made once for all samples, so that the module around them runs one sample at a time.
+    arXiv 2101.00190), P-tuning (Liu et al., arXiv 2103.10385).
 
-    >>> dpk.convert_model(get_peft_model(model, config), **dpk.presets.prompts(), sample_batch=batch)
+    >>> dpk.convert_model(get_peft_model(model, PromptTuningConfig()), **dpk.presets.prompts())
     """
     return {"biases": (), "train_modules": ("*prompt_encoder", *_several(head))}
 
@@ -137,7 +136,7 @@ def prompts(head: Patterns = ()) -> dict[str, Any]:
 def prompts_and_bitfit(head: Patterns = ()) -> dict[str, Any]:
     """The virtual tokens of a peft model, and all biases.
 
-    >>> dpk.convert_model(get_peft_model(model, config), **dpk.presets.prompts_and_bitfit(), sample_batch=batch)
+    >>> dpk.convert_model(get_peft_model(model, PromptTuningConfig()), **dpk.presets.prompts_and_bitfit())
     """
     return {**prompts(head), "biases": "all"}
 

@@ -126,14 +126,12 @@ CASES: dict[str, Case] = {
         lambda: peft.PromptTuningConfig(task_type=LM, num_virtual_tokens=3),
         dpk.presets.prompts(),
         merges=False,
-        alone=frozenset({"PeftModelForCausalLM"}),
     ),
     "prompt tuning and biases": Case(
         bert,
         lambda: peft.PromptTuningConfig(task_type=CLS, num_virtual_tokens=3),
         dpk.presets.prompts_and_bitfit(head=SAVED),
         merges=False,
-        alone=frozenset({"PeftModelForSequenceClassification"}),
     ),
     "prefix tuning": Case(
         bert,
@@ -151,12 +149,19 @@ CASES: dict[str, Case] = {
         merges=False,
         alone=frozenset({"Embedding"}),
     ),
+    "P-tuning by an LSTM": Case(
+        gpt2,
+        lambda: peft.PromptEncoderConfig(
+            task_type=LM, num_virtual_tokens=3, encoder_hidden_size=16, encoder_reparameterization_type="LSTM"
+        ),
+        dpk.presets.prompts(),
+        merges=False,
+    ),
     "P-tuning": Case(
         bert,
         lambda: peft.PromptEncoderConfig(task_type=CLS, num_virtual_tokens=3, encoder_hidden_size=16),
         dpk.presets.prompts(head=SAVED),
         merges=False,
-        alone=frozenset({"PeftModelForSequenceClassification"}),
     ),
     "LayerNorm tuning": Case(
         bert,

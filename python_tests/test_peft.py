@@ -121,11 +121,33 @@ def test_dora_without_a_sample_batch_is_refused_and_says_what_to_do() -> None:
         dpk.check_model(model, case.batch(), loss)
 
 
-def test_prompts_without_a_sample_batch_are_refused_and_say_what_to_do() -> None:
-    case = CASES["prompt tuning"]
-    model = dpk.convert_model(wrapped(case), **case.preset)
-    with pytest.raises(dpk.BatchLayoutError, match=r"prompt_encoder.*sample_batch="):
-        dpk.check_model(model, case.batch(), loss)
+PROMPTS = ["prompt tuning", "prompt tuning and biases", "P-tuning", "P-tuning by an LSTM"]
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_are_made_for_each_sample_and_the_model_runs_once(name: str) -> None:
+    case = CASES[name]
+    model, batch = wrapped(case), case.batch()
+    dpk.convert_model(model, **case.preset)
+    runs = []
+    model.base_model.register_forward_hook(lambda *_: runs.append(1))
+    twin = copy.deepcopy(model)
+    assert dpk.check_model(model, batch, loss).worst < 1e-5
+    assert dpk.check_model(twin, batch, loss).worst < 1e-5
+    engine, private, optimizer, _ = attach(model, torch.zeros(4), poisson_sampling=False)
+    for _ in range(3):  # the layout is proven on the first and the second
+        runs.clear()
+        loss(private, batch).backward()
+        optimizer.step()
+    assert len(runs) == 1
+    with engine.batch(4), pytest.raises(dpk.BatchLayoutError, match="prompts of 8 samples in a batch of 4"):
+        model.get_prompt(8)
+
+
+def test_prompts_of_an_encoder_whose_every_sample_has_other_ones_are_left_to_it() -> None:
+    """Prefix tuning: its table is read with an index for each sample, so that its own rule holds."""
+    report = dpk.conversion_report(dpk.convert_model(wrapped(CASES["prefix tuning"]), **dpk.presets.prompts()))
+    assert report.one_by_one == {"prompt_encoder.default.embedding": "Embedding"}
 
 
 @pytest.mark.parametrize("head", [(), SAVED, "*.classifier"])

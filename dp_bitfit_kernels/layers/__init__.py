@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import activation, added, attention, conv, linear, norm, pool
+from . import activation, added, attention, conv, linear, norm, pool, prompts
 from .base import (
     BiasLayer,
     ConvertedLayer,
@@ -29,6 +29,7 @@ __all__ = [
     "lookup",
     "norm",
     "pool",
+    "prompts",
     "register",
     "register_lazy",
     "restore_layer",

@@ -21,8 +21,9 @@ from .._nested import form, map_tensors, strangers, tensors_in
 from .._validate import BatchLayoutError
 from ..arrangement import Arrangement
 from ..functional import SpreadFunction, apply
-from .base import BiasLayer, LayerKind
-from .standing_in import Places, standing_in
+from .base import LayerKind
+from .below import LayerWithBelow
+from .standing_in import standing_in
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,14 @@ class EscapedError(RuntimeError):
     """A module kept a tensor that exists under vmap only."""
 
 
-class OneByOneLayer(BiasLayer):
+class OneByOneLayer(LayerWithBelow):
     """Mixin in front of any class.
 
     Attributes:
-        trained: names, relative to this module, of the parameters that it gives per-sample gradients of.
-        leaves: name -> leaf [B, p] of the open batch.
         calls: ways of calling it that the proof of the layout saw.
     """
 
     keeps_name = True
-    leaves: dict[str, Tensor]
     calls: tuple[Call, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,24 +188,6 @@ class OneByOneLayer(BiasLayer):
             return super().forward(*args, **kwargs)
         finally:
             self.training = True
-
-    def has_leaves(self) -> bool:
-        return bool(self.__dict__.get("leaves"))
-
-    def set_leaf(self, name: str, leaf: Tensor) -> None:
-        self.__dict__.setdefault("leaves", {})[name] = leaf
-
-    def drop_leaves(self) -> None:
-        self.__dict__.pop("leaves", None)
-
-    def trained_parameter(self, name: str) -> nn.Parameter | None:
-        owner, _, own = name.rpartition(".")
-        return self.get_submodule(owner)._parameters.get(own)
-
-    def places(self, name: str) -> Places:
-        """Every place below this module that holds the parameter."""
-        parameter = self.trained_parameter(name)
-        return [(m, own) for m in self.modules() for own, held in m._parameters.items() if held is parameter]
 
     def call_of(self, arguments: Any) -> Call:
         for what in strangers(arguments):
