@@ -52,7 +52,8 @@ def built(kind: str, **options: Any) -> nn.Module:
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
-    model: nn.Module = cls(cls.config_class(**options)).eval()
+    # A wide start, or a sample's gradient would hardly differ from its batch-mates'.
+    model: nn.Module = cls(cls.config_class(initializer_range=0.3, **options)).eval()
     logging.disable(logging.NOTSET)
     return model
 

@@ -42,4 +42,11 @@ SELECTION = (
         "            reason = None\n",
         (f"{PEFT}::test_what_modules_to_save_stands_in_for_stays_frozen",),
     ),
+    Sabotage(
+        "prompts go to other samples",
+        "layers/prompts.py",
+        '        return torch.func.vmap(one, randomness="different")(copies)\n',
+        '        return torch.func.vmap(one, randomness="different")(copies).flip(0)\n',
+        (f"{PEFT}::test_a_noiseless_step_is_that_of_the_oracle[prompt tuning and biases]",),
+    ),
 )
