@@ -20,7 +20,8 @@ _WEIGHT = re.compile(r".*weight.*|W_q")  # not indices and counters; bitsandbyte
 def integer_weights(module: nn.Module) -> list[tuple[str, str]]:
     """(own name, what it is) of the module's own quantised weights: parameters, buffers, packed ones of torch.ao."""
     found = [(own, _integers(p)) for own, p in module._parameters.items() if p is not None]
-    found += [(own, _integers(b)) for own, b in module._buffers.items() if b is not None and _WEIGHT.fullmatch(own)]
+    buffers = [(own, b) for own, b in module._buffers.items() if b is not None and _WEIGHT.fullmatch(own)]
+    found += [(own, _integers(buffer)) for own, buffer in buffers if buffer.dim() > 1]
     if "_packed_params" in vars(module):
         found.append(("_packed_params", "weights packed by torch.ao"))
     return [(own, what) for own, what in found if what]
@@ -52,7 +53,8 @@ def _idle(module: nn.Module) -> list[str]:
     layer: Any = module
     held = ("modules_to_save",) if isinstance(module, wrapper) else layer.adapter_layer_names
     active = () if layer.disable_adapters else layer.active_adapters
-    kept = {own: list(getattr(layer, own)) for own in held}
+    dicts = {own: getattr(layer, own, None) for own in held}
+    kept = {own: list(d.keys()) for own, d in dicts.items() if isinstance(d, (nn.ModuleDict, nn.ParameterDict))}
     idle = [f"{own}.{name}" for own, names in kept.items() for name in names if name not in active]
     runs_a_copy = any(name in names for names in kept.values() for name in active)
     if runs_a_copy and isinstance(module, wrapper):
