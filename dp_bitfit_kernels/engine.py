@@ -32,12 +32,14 @@ from ._plan import (
 from ._validate import CheckpointError, EngineError
 from .accounting import Accountant, calibrate_noise_multiplier
 from .clipping import ClippingMethod, resolve
+from .entries import find_entries
 from .flat_update import FlatUpdate
-from .ledger import Ledger, find_entries
+from .ledger import Ledger
 from .noise import STREAM_SAMPLER, KeySource, delta_slack, epsilon_slack
 from .optimizer import PrivateOptimizer, check_parameters
 from .sampling import DrawCounter, PrivateDataLoader, Ticket
 from .session import ForwardHook, Session
+from .weights import PER_SAMPLE_NORMS
 
 _FORMAT = "dp-bitfit-checkpoint"
 
@@ -100,6 +102,7 @@ class PrivacyEngine:
         expected_batch_size: float | None = None,
         max_physical_batch_size: int | None = None,
         pad_physical_batches: bool | None = None,
+        per_sample_norm: str = "mixed",
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any] | PrivateDataLoader]:
         """Attach the engine.
 
@@ -118,6 +121,9 @@ class PrivacyEngine:
                 ``sample_rate`` demands it: rate and loader need not agree, and their n is not read.
             max_physical_batch_size: draws are split into physical batches of at most so many rows.
             pad_physical_batches: every physical batch exactly that large, with masked repeats; None: in secure mode.
+            per_sample_norm: how the norm of a large weight's per-sample gradient is taken: ``"ghost"`` (from Gram
+                matrices), ``"instantiate"`` (the rows are made and kept) or ``"mixed"``, whichever is cheaper for the
+                weight and its input's shape. Biases and small weights have rows in any case.
 
         Returns:
             (module, private optimizer, private loader).
@@ -129,6 +135,8 @@ class PrivacyEngine:
             raise EngineError("this engine is already in use: call detach() first, or make another engine")
         if loss_reduction not in ("mean", "sum"):
             raise EngineError(f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum'")
+        if per_sample_norm not in PER_SAMPLE_NORMS:
+            raise EngineError(f"per_sample_norm={per_sample_norm!r}: choose one of {', '.join(PER_SAMPLE_NORMS)}")
         if not 1e-100 <= loss_scale <= 1e100:  # beyond, factors would leave float64
             raise EngineError(f"loss_scale={loss_scale!r} must lie between 1e-100 and 1e100")
         check_noise_multiplier(noise_multiplier)
@@ -142,7 +150,7 @@ class PrivacyEngine:
         rate, steps, public = plan_sampling(data_loader, sample_rate, poisson_sampling)
         expected = plan_divisor(data_loader, sample_rate, expected_batch_size)
 
-        entries = find_entries(module)
+        entries = find_entries(module, "instantiate" if hasattr(module, "_orig_mod") else per_sample_norm)
         check_parameters(optimizer, module, entries)
         method = resolve(clipping, max_grad_norm)
         backend = backends.select(entries[0].layers[0][0].backend, entries[0].parameter.device)
@@ -166,7 +174,7 @@ class PrivacyEngine:
                 draw_counter=self._draws,
             )
         warn_of_earlier_training(entries, optimizer, self._earlier)
-        ledger = Ledger(module, entries, plan, backend)
+        ledger = Ledger(module, entries, plan, backend, per_sample_norm)
         ledger.privacy_statement = self.privacy_statement
         session = self._session = Session(
             module,

@@ -139,7 +139,6 @@ CASES: dict[str, Case] = {
         lambda: peft.PrefixTuningConfig(task_type=CLS, num_virtual_tokens=3),
         dpk.presets.prompts(head=SAVED),
         merges=False,
-        alone=frozenset({"Embedding"}),
     ),
     "prefix tuning with a projection": Case(
         gpt2,
@@ -148,7 +147,6 @@ CASES: dict[str, Case] = {
         ),
         dpk.presets.prompts(),
         merges=False,
-        alone=frozenset({"Embedding"}),
     ),
     "P-tuning by an LSTM": Case(
         gpt2,
@@ -168,7 +166,6 @@ CASES: dict[str, Case] = {
         bert,
         lambda: peft.LNTuningConfig(task_type=CLS, target_modules=["LayerNorm"]),
         {"biases": (), "train_modules": ("*ln_tuning_layers", SAVED)},
-        alone=frozenset({"LayerNorm"}),
     ),
     "VeRA": Case(
         llama,

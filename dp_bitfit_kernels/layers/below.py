@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch import Tensor, nn
 
 from .base import BiasLayer
@@ -15,16 +18,18 @@ class LayerWithBelow(BiasLayer):
         leaves: name -> leaf [B, p] of the open batch.
     """
 
-    leaves: dict[str, Tensor]
+    leaves: Mapping[str, Tensor] = MappingProxyType({})
 
-    def has_leaves(self) -> bool:
-        return bool(self.__dict__.get("leaves"))
+    def open_batch(self) -> int | None:
+        own: dict[str, Tensor] = self.__dict__.get("leaves", {})
+        return next((leaf.shape[0] for leaf in own.values()), super().open_batch())
 
     def set_leaf(self, name: str, leaf: Tensor) -> None:
         self.__dict__.setdefault("leaves", {})[name] = leaf
 
     def drop_leaves(self) -> None:
         self.__dict__.pop("leaves", None)
+        self.__dict__.pop("weight_sinks", None)
 
     def trained_parameter(self, name: str) -> nn.Parameter | None:
         owner, _, own = name.rpartition(".")
