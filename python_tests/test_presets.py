@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -167,10 +169,12 @@ class TestPresets:
         torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
         assert torch.equal(model.stem[1].running_mean, statistics)
 
-    @pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnBatchNorm])
-    def test_the_scale_of_a_batchnorm_is_trained_under_running_statistics(self, norm: type[nn.Module]) -> None:
+    @pytest.mark.parametrize(
+        "norm", [nn.BatchNorm2d, OwnBatchNorm, partial(nn.InstanceNorm2d, affine=True, track_running_stats=True)]
+    )
+    def test_the_scale_of_a_norm_is_trained_under_running_statistics(self, norm: Callable[[int], nn.Module]) -> None:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Flatten(), nn.Linear(64, 2))
+        model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Flatten(), nn.Linear(64, 2))
         with torch.no_grad():
             model[1].running_var.uniform_(0.5, 2.0)
         moved, expected = step_and_oracle(model, torch.randn(4, 3, 6, 6), biases=(), train_modules="class:_NormBase")

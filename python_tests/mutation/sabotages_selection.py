@@ -22,11 +22,11 @@ SELECTION = (
         (f"{PRESETS}::TestIntegerWeights::test_they_are_refused_by_name",),
     ),
     Sabotage(
-        "a BatchNorm trained whole takes the statistics of its batch",
+        "a norm trained whole takes the statistics of its batch",
         "layers/one_by_one.py",
         "            self.training = False\n",
         "            self.training = True\n",
-        (f"{PRESETS}::TestPresets::test_the_scale_of_a_batchnorm_is_trained_under_running_statistics",),
+        (f"{PRESETS}::TestPresets::test_the_scale_of_a_norm_is_trained_under_running_statistics",),
     ),
     Sabotage(
         "exclusions of train_modules are taken for matches",
