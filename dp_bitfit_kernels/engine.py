@@ -38,6 +38,7 @@ from .ledger import Ledger
 from .noise import STREAM_SAMPLER, KeySource, delta_slack, epsilon_slack
 from .optimizer import PrivateOptimizer, check_parameters
 from .sampling import DrawCounter, PrivateDataLoader, Ticket
+from .second_backward import CLIPPED_SUMS, NOT_PROVEN, CutHook, SecondBackward
 from .session import ForwardHook, Session
 from .weights import PER_SAMPLE_NORMS
 
@@ -79,7 +80,7 @@ class PrivacyEngine:
         self._session: Session | None = None
         self._optimizer: PrivateOptimizer | None = None
         self._loader: PrivateDataLoader | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._target_delta: float | None = None
         self._public_size: int | None = None
         self._clipping: ClippingMethod | None = None
@@ -103,6 +104,7 @@ class PrivacyEngine:
         max_physical_batch_size: int | None = None,
         pad_physical_batches: bool | None = None,
         per_sample_norm: str = "mixed",
+        clipped_sum: str = "book_keeping",
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any] | PrivateDataLoader]:
         """Attach the engine.
 
@@ -124,6 +126,10 @@ class PrivacyEngine:
             per_sample_norm: how the norm of a large weight's per-sample gradient is taken: ``"ghost"`` (from Gram
                 matrices), ``"instantiate"`` (the rows are made and kept) or ``"mixed"``, whichever is cheaper for the
                 weight and its input's shape. Biases and small weights have rows in any case.
+            clipped_sum: how large weights' clipped gradients are summed: ``"book_keeping"``, of what one backward left,
+                or ``"second_backward"``, for comparison: its sensitivity is not proven. With ``per_sample_norm`` these
+                are the methods of the literature: instantiate + book_keeping is Opacus's, ghost or mixed +
+                book_keeping is BK, + second_backward are FastGradClip, GhostClip and MixGhostClip.
 
         Returns:
             (module, private optimizer, private loader).
@@ -137,6 +143,11 @@ class PrivacyEngine:
             raise EngineError(f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum'")
         if per_sample_norm not in PER_SAMPLE_NORMS:
             raise EngineError(f"per_sample_norm={per_sample_norm!r}: choose one of {', '.join(PER_SAMPLE_NORMS)}")
+        if clipped_sum not in CLIPPED_SUMS:
+            raise EngineError(f"clipped_sum={clipped_sum!r}: choose one of {', '.join(CLIPPED_SUMS)}")
+        twice = clipped_sum == "second_backward"
+        if twice and self.secure_mode:
+            raise EngineError(f"secure_mode=True refuses what is not proven. {NOT_PROVEN}")
         if not 1e-100 <= loss_scale <= 1e100:  # beyond, factors would leave float64
             raise EngineError(f"loss_scale={loss_scale!r} must lie between 1e-100 and 1e100")
         check_noise_multiplier(noise_multiplier)
@@ -174,7 +185,11 @@ class PrivacyEngine:
                 draw_counter=self._draws,
             )
         warn_of_earlier_training(entries, optimizer, self._earlier)
-        ledger = Ledger(module, entries, plan, backend, per_sample_norm)
+        if twice and len(plan.bounds) > 1:
+            raise EngineError("a second backward weighs whole samples: clipped_sum='second_backward' clips flat only")
+        if twice:
+            warnings.warn(NOT_PROVEN, stacklevel=2)
+        ledger = Ledger(module, entries, plan, backend, per_sample_norm, twice)
         ledger.privacy_statement = self.privacy_statement
         session = self._session = Session(
             module,
@@ -189,10 +204,13 @@ class PrivacyEngine:
             poisson_sampling=poisson_sampling,
             padded=bool(pad) and poisson_sampling,
             secure_mode=self.secure_mode,
+            again=SecondBackward() if twice else None,
         )
         session.skip_noise(self._noise_steps)
         self._clipping, self._public_size = method, public
-        self._hook = module.register_forward_pre_hook(ForwardHook(session), with_kwargs=True)
+        self._hooks = [module.register_forward_pre_hook(ForwardHook(session), with_kwargs=True)]
+        if twice:
+            self._hooks.append(module.register_forward_hook(CutHook(session)))
         flat = FlatUpdate.of(optimizer, entries, module)
         self._optimizer = PrivateOptimizer(optimizer, self._session, method.sensitivity, flat)
         if self._earlier:
@@ -298,6 +316,7 @@ class PrivacyEngine:
             "accountant": self.accountant.kind,
             "clipping": self._clipping.name,
             "max_grad_norm": self._clipping.sensitivity,
+            "sensitivity": "proven" if session.again is None else NOT_PROVEN,
             "expected_batch_size": session.expected_batch_size,
             "public_dataset_size": self._public_size,
             "secure_mode": self.secure_mode,
@@ -317,9 +336,10 @@ class PrivacyEngine:
     def detach(self) -> None:
         """Give the model back to plain training; the accountant keeps its history."""
         session = self._running
-        if session.ledger.dirty or session.draw is not None:
+        if session.dirty or session.draw is not None:
             warnings.warn("detach() drops a draw that was not released", stacklevel=2)
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         session.end()
         if self._optimizer is not None:
             self._optimizer.detach()
@@ -329,7 +349,7 @@ class PrivacyEngine:
 
     def _between_draws(self, what: str) -> Session:
         session = self._running
-        if session.draw is not None or session.ledger.dirty:
+        if session.draw is not None or session.dirty:
             raise EngineError(f"{what} in the middle of a draw: call it after optimizer.step() returned True")
         return session
 
