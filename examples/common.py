@@ -20,12 +20,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import dp_bitfit_kernels as dpk
+from dp_bitfit_kernels import _allocator
+
+METHODS = ("bitfit", "head-only", "full", "lora", "lora+bitfit", "1+bitfit", "2+bitfit")
+_SPENT = ("seconds", "cpu_seconds")
 
 
 def add_training_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """The flags of every example. `defaults` overrides the default of a flag by its name."""
     flag = parser.add_argument
-    flag("--method", choices=("bitfit", "head-only"), default="bitfit", help="what is trained beside the head")
+    flag(
+        "--method",
+        choices=METHODS,
+        default="bitfit",
+        help="what is trained beside the head: biases, nothing, everything, peft's LoRA, LoRA and biases; "
+        "1+bitfit: one of the epochs everything, the others biases",
+    )
     flag("--non-private", action="store_true", help="same layers, no clipping, no noise: the reference to compare with")
     flag("--epsilon", type=float, default=8.0, help="target epsilon (default 8)")
     flag("--delta", type=float, help="target delta (default 1/(2n))")
@@ -35,6 +45,10 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None
     flag("--lr", type=float, default=2e-3, help="peak learning rate of the biases")
     flag("--warmup", type=float, default=0.1, help="share of the run in which rates rise; then they fall linearly to 0")
     flag("--head-lr", type=float, help="learning rate of the head (default: that of the biases)")
+    flag("--full-lr", type=float, help="learning rate where everything is trained (default: a tenth of --lr)")
+    flag("--lora-lr", type=float, help="learning rate of LoRA (default: that of the biases)")
+    flag("--lora-rank", type=int, default=8, help="of LoRA's matrices")
+    flag("--lora-targets", default="query,value", help="modules that get LoRA, by the ends of their names")
     flag("--max-grad-norm", type=float, default=1.0)
     flag("--clipping", default="automatic", choices=("automatic", "flat", "per_layer"))
     flag("--biases", choices=("all", "informative"), default="all", help="all, or those that get a gradient at all")
@@ -45,26 +59,111 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None
     flag("--output", type=Path, required=True, help="folder for the log, checkpoints, biases and result")
     flag("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")
     flag("--checkpoint-every", type=int, default=5, help="releases between checkpoints")
+    flag("--measure-memory", action="store_true", help="first measure the peak of one step, on a made-up batch")
     parser.set_defaults(**defaults)
 
 
+def full_epochs(args: argparse.Namespace) -> int:
+    """X of X+BiTFiT, the epochs that train everything before the biases; 0 for every other method."""
+    first = args.method.partition("+bitfit")[0]
+    return int(first) if first.isdigit() else 0
+
+
+def check_method(args: argparse.Namespace) -> None:
+    """Say at once what would go wrong later, or be ignored."""
+    everything = args.method == "full" or full_epochs(args)
+    if full_epochs(args) >= args.epochs:
+        raise SystemExit(
+            f"--method {args.method} needs more epochs than --epochs {args.epochs}: the rest is for biases"
+        )
+    if full_epochs(args) and args.non_private:
+        raise SystemExit(f"--method {args.method} is private only: the engine runs its phases")
+    if args.biases != "all" and (everything or "bitfit" not in args.method):
+        raise SystemExit(f"--biases {args.biases} is for --method bitfit and lora+bitfit, not {args.method}")
+
+
 def convert(model: nn.Module, args: argparse.Namespace, head: str, sample: Any) -> list[dict[str, Any]]:
-    """Freeze all but the biases and the head; returns the optimizer's parameter groups.
+    """Freeze all but what the method trains; returns the optimizer's parameter groups, the head's last.
 
     `sample`: inputs of one forward. A bias that it never reaches (an unused pooler) would only receive noise.
     """
+    check_method(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    biases: Any = args.biases if args.method == "bitfit" else ()
-    dpk.convert_model(model, biases=biases, train_modules=(head,), sample_batch=sample, memory=args.memory)
-    print(dpk.conversion_report(model))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    in_head = [name for name in trained if name.startswith(head + ".")]  # in order: checkpoints number parameters
-    groups = [
-        {"params": [p for name, p in trained.items() if name not in in_head], "lr": args.lr},
-        {"params": [trained[name] for name in in_head], "lr": args.head_lr or args.lr},
-    ]
-    return [group for group in groups if group["params"]]
+    presets, biases = dpk.presets, {"biases": args.biases}
+    everything = args.method == "full" or full_epochs(args) > 0
+    if "lora" in args.method:
+        add_lora(model, args)
+        chosen = presets.lora(head) if args.method == "lora" else {**presets.lora_and_bitfit(head), **biases}
+    elif everything:
+        chosen = presets.full()
+    else:
+        chosen = (
+            presets.linear_probe(head) if args.method == "head-only" else {**presets.bitfit_and_head(head), **biases}
+        )
+    dpk.convert_model(model, **chosen, sample_batch=sample, memory=args.memory)
+    rates = {
+        "rest": full_lr(args) if args.method == "full" else args.lr,
+        "lora": args.lora_lr or args.lr,
+        "head": args.head_lr or args.lr,
+    }
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    for name, p in model.named_parameters():  # in order: checkpoints number parameters
+        if p.requires_grad:
+            groups["head" if name.startswith(head + ".") else "lora" if ".lora_" in name else "rest"].append(p)
+    return [{"params": parameters, "lr": rates[name]} for name, parameters in groups.items() if parameters]
+
+
+def full_lr(args: argparse.Namespace) -> float:
+    """The paper's rule where none is given: weights want a tenth of the biases' learning rate."""
+    return float(args.full_lr or args.lr / 10)
+
+
+def add_lora(model: nn.Module, args: argparse.Namespace) -> None:
+    """Put peft's low-rank pairs into the model, in place: its own class and the names of its head stay."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise SystemExit(f"--method {args.method} needs `pip install peft`") from None
+    targets = args.lora_targets.split(",")
+    inject_adapter_in_model(LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=targets), model)
+
+
+def peak_of_step(
+    args: argparse.Namespace,
+    make: Callable[[], tuple[nn.Module, list[dict[str, Any]]]],
+    loss_of: Callable[[Any], Tensor],
+) -> int | None:
+    """Most bytes of tensors alive at an instant of one private step, everything included; None if not asked for.
+
+    make: -> (converted model, parameter groups). loss_of: mean loss of that model on one physical batch, which is made
+    up, so that this spends no epsilon. Of X+BiTFiT it is a step of the first phase, the larger one.
+    """
+    if not args.measure_memory or args.non_private:
+        return None
+
+    def build() -> Callable[[], object]:
+        model, groups = make()
+        _, optimizer, _ = dpk.PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.AdamW(groups, weight_decay=0.0),
+            data_loader=DataLoader(range(args.max_physical_batch_size), batch_size=args.max_physical_batch_size),  # type: ignore[arg-type]
+            noise_multiplier=1.0,
+            max_grad_norm=args.max_grad_norm,
+            clipping=args.clipping,
+            poisson_sampling=False,
+        )
+
+        def step() -> None:
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+        return step
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # steps outside the private loader are charged at sample rate 1
+        return _allocator.peak_bytes(build, warm_up=2).peak
 
 
 class BucketBatches(Sampler[list[int]]):
@@ -99,11 +198,23 @@ class RunFolder:
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(fields) + "\n")
 
-    def seconds_before(self) -> float:
-        """Training time of the runs that this one resumes."""
+    def spent_before(self) -> dict[str, float]:
+        """Time of the runs that this one resumes."""
         log = self.path / "log.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() and self.resuming else []
-        return float(max((line.get("seconds", 0.0) for line in lines), default=0.0))
+        return {name: float(max((line.get(name, 0.0) for line in lines), default=0.0)) for name in _SPENT}
+
+
+class Clock:
+    """Seconds since it was made, on the wall and of this process, with those spent before."""
+
+    def __init__(self, before: dict[str, float]):
+        start = {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+        self.offsets = {name: before[name] - start[name] for name in _SPENT}
+
+    def read(self) -> dict[str, float]:
+        now = {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+        return {name: round(self.offsets[name] + now[name], 3) for name in _SPENT}
 
 
 def train(
@@ -114,11 +225,13 @@ def train(
     collate: Callable[[list[Any]], Any],
     loss_of: Callable[[Any], Tensor],
     evaluate: Callable[[], float],
+    peak_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, evaluate after each epoch, save biases and result. `loss_of(batch)` is the mean loss of a batch.
 
     A private run neither shows nor logs its training loss: that number is computed from private records without noise.
     """
+    print(dpk.conversion_report(model))
     n = len(data)  # type: ignore[arg-type]
     folder, delta = RunFolder(args.output, args.resume), args.delta or 1 / (2 * n)
     optimizer: Any = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -127,30 +240,33 @@ def train(
         loader = DataLoader(data, batch_sampler=BucketBatches(n, args.batch_size, args.seed), collate_fn=collate)
     else:
         engine = dpk.PrivacyEngine(history=str(folder.history))
+        first, head = full_epochs(args), {id(p) for p in groups[-1]["params"]}
+        biases = ("biases", *(name for name, p in model.named_parameters() if id(p) in head))
+        phases = [dpk.Phase("full", epochs=first), dpk.Phase(biases, epochs=args.epochs - first)] if first else None
         model, optimizer, loader = engine.make_private_with_epsilon(
             module=model,
             optimizer=optimizer,
             data_loader=DataLoader(data, batch_size=args.batch_size, collate_fn=collate),
             target_epsilon=args.epsilon,
             target_delta=delta,
-            epochs=args.epochs,
+            **({"phases": phases} if phases else {"epochs": args.epochs}),
             max_grad_norm=args.max_grad_norm,
             clipping=args.clipping,
             max_physical_batch_size=args.max_physical_batch_size,
         )
-    total = args.epochs * len(loader)
-    warmup = max(1, round(args.warmup * total))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda release: min((release + 1) / warmup, max(0.0, 1 - release / total))
-    )
+    total, per_epoch = args.epochs * len(loader), len(loader)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factors(args, len(groups), total, per_epoch))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if folder.resuming:
         done = _load(folder, model, optimizer, scheduler, engine)
-    before, start = folder.seconds_before(), time.perf_counter()
+    clock = Clock(folder.spent_before())
     accuracy = evaluate()
-    folder.log(event="resume" if done else "start", releases=done, accuracy=accuracy, seconds=before)
+    folder.log(event="resume" if done else "start", releases=done, accuracy=accuracy, **clock.read())
     print(f"{n} training records, {total} releases, {done} done; accuracy {accuracy:.4f}")
     bar = tqdm(total=total, initial=done, desc="releases")
-    for epoch in range(done // len(loader), args.epochs):
+    for epoch in range(done // per_epoch, args.epochs):
+        if engine is not None and engine.phase == 0 and epoch == full_epochs(args):
+            engine.next_phase()
         model.train()
         for batch in loader:
             optimizer.zero_grad()
@@ -164,15 +280,16 @@ def train(
             bar.update()
             if engine is not None and done % args.checkpoint_every == 0:
                 engine.save_checkpoint(str(folder.checkpoint), scheduler=scheduler)
-                spent = {"epsilon": engine.get_epsilon(delta), "seconds": before + time.perf_counter() - start}
-                bar.set_postfix(epsilon=f"{spent['epsilon']:.2f}")
-                folder.log(event="checkpoint", releases=done, **spent)
+                epsilon = engine.get_epsilon(delta)
+                bar.set_postfix(epsilon=f"{epsilon:.2f}")
+                folder.log(event="checkpoint", releases=done, epsilon=epsilon, **clock.read())
         accuracy = evaluate()
         _save(folder, model, optimizer, scheduler, engine, done)
-        seconds = before + time.perf_counter() - start
-        folder.log(event="epoch", epoch=epoch + 1, releases=done, accuracy=accuracy, seconds=seconds)
-        bar.write(f"epoch {epoch + 1}: accuracy {accuracy:.4f} after {seconds:.0f} s")
+        spent = clock.read()
+        folder.log(event="epoch", epoch=epoch + 1, releases=done, accuracy=accuracy, **spent)
+        bar.write(f"epoch {epoch + 1}: accuracy {accuracy:.4f} after {spent['seconds']:.0f} s")
     bar.close()
+    spent = clock.read()
     dpk.save_biases(model, str(folder.biases))
     result = {
         "accuracy": accuracy,
@@ -183,8 +300,10 @@ def train(
         "noise_multiplier": optimizer.noise_multiplier if engine is not None else None,
         "records": n,
         "releases": done,
-        "trained_elements": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seconds": round(before + time.perf_counter() - start, 1),
+        "trained_elements": trained,
+        "phases": engine.privacy_statement(delta).get("phases") if engine is not None else None,
+        **{name: round(value, 1) for name, value in spent.items()},
+        "peak_bytes": peak_bytes,
         "command": shlex.join(["python", *sys.argv]),
         "flags": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "environment": environment(),
@@ -192,6 +311,22 @@ def train(
     folder.result.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({k: result[k] for k in ("accuracy", "epsilon", "delta", "noise_multiplier", "seconds")}))
     return result
+
+
+def rate_factors(args: argparse.Namespace, groups: int, total: int, per_epoch: int) -> list[Callable[[int], float]]:
+    """For each parameter group its rate by the release, as a part of the group's own: warm-up, then linear decay.
+
+    One course over all phases. While everything is trained, what is not the head has the rate of weights.
+    """
+    warmup, until = max(1, round(args.warmup * total)), full_epochs(args) * per_epoch
+
+    def course(release: int) -> float:
+        return min((release + 1) / warmup, max(0.0, 1 - release / total))
+
+    def with_phases(release: int) -> float:
+        return course(release) * (full_lr(args) / args.lr if release < until else 1.0)
+
+    return [with_phases if group < groups - 1 else course for group in range(groups)]
 
 
 def _save(folder: RunFolder, model: nn.Module, optimizer: Any, scheduler: Any, engine: Any, done: int) -> None:

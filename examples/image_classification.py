@@ -1,5 +1,7 @@
 """Private bias fine-tuning of a CIFAR-100 ResNet on CIFAR-10: BatchNorm frozen but for its shift, new head.
 
+--method full also trains BatchNorm's scale; its running statistics stay in any case.
+
     python examples/image_classification.py --data cifar10_10k2k.npz --weights cifar100_resnet20.pth \\
         --epsilon 8 --output runs/cifar10
 """
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import accuracy_of, add_training_flags, convert, train
+from common import accuracy_of, add_training_flags, convert, peak_of_step, train
 from resnet20 import ResNet
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
@@ -50,8 +52,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help=".npz with train_x, train_y, test_x, test_y, classes")
     parser.add_argument("--weights", required=True, help="state_dict of a CIFAR-100 ResNet")
     parser.add_argument("--flip", action="store_true", help="random mirror images in training")
-    add_training_flags(parser, epochs=10, batch_size=1000, max_physical_batch_size=250)
+    add_training_flags(parser, epochs=10, batch_size=1000, max_physical_batch_size=250, lora_targets="conv1,conv2")
     return parser.parse_args(arguments)
+
+
+def converted(args: argparse.Namespace, classes: int, sample: Tensor) -> tuple[nn.Module, list[dict[str, Any]]]:
+    model = load_model(args.weights, classes)
+    return model, convert(model, args, "fc", sample)
+
+
+def made_up_loss(model: nn.Module, args: argparse.Namespace) -> Tensor:
+    pixels = torch.zeros(args.max_physical_batch_size, 3, 32, 32)
+    return F.cross_entropy(model(pixels), torch.zeros(len(pixels), dtype=torch.int64))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -63,8 +75,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     data = TensorDataset(images(arrays["train_x"][keep]), torch.from_numpy(arrays["train_y"][keep]).long())
     test_x, test_y = images(arrays["test_x"]), torch.from_numpy(arrays["test_y"]).long()
     test_batches = list(zip(test_x.split(250), test_y.split(250), strict=True))
-    model = load_model(args.weights, len(arrays["classes"]))
-    groups = convert(model, args, "fc", sample=test_x[:2])
+    classes, sample = len(arrays["classes"]), test_x[:2]
+    peak = peak_of_step(args, lambda: converted(args, classes, sample), lambda model: made_up_loss(model, args))
+    model, groups = converted(args, classes, sample)
     return train(
         args,
         model,
@@ -73,6 +86,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         flipped if args.flip else default_collate,
         loss_of=lambda batch: F.cross_entropy(model(batch[0]), batch[1]),
         evaluate=lambda: accuracy_of(model, test_batches, model),
+        peak_bytes=peak,
     )
 
 

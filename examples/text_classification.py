@@ -4,7 +4,7 @@
         --train sst2/train.tsv --dev sst2/dev.tsv --epsilon 8 --output runs/sst2
 
 A sequence classifier keeps its own head; any other encoder gets mean pooling over tokens and a linear head. The head is
-trained whole, of the rest the biases only.
+trained whole, of the rest the biases, or what --method says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import accuracy_of, add_training_flags, convert, train
+from common import accuracy_of, add_training_flags, convert, peak_of_step, train
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -162,6 +162,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def load(args: argparse.Namespace, classes: int) -> tuple[nn.Module, Any, str]:
+    return load_model(args.model, classes, args.pool_layers, args.feature_scale)
+
+
+def converted(args: argparse.Namespace, classes: int, sample: Any) -> tuple[nn.Module, list[dict[str, Any]]]:
+    model, _, head = load(args, classes)
+    return model, convert(model, args, head, sample)
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    output = model(**inputs)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def longest_loss(model: nn.Module, args: argparse.Namespace) -> Tensor:
+    """Loss on a physical batch of sentences of --max-length: the largest that there can be."""
+    ids = torch.ones(args.max_physical_batch_size, args.max_length, dtype=torch.int64)
+    labels = torch.zeros(len(ids), dtype=torch.int64)
+    return F.cross_entropy(logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}), labels)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parse(arguments)
     if args.threads:
@@ -175,7 +196,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.limit:
         keep = torch.randperm(len(texts), generator=torch.Generator().manual_seed(args.seed))[: args.limit].tolist()
         texts, labels = [texts[i] for i in keep], [labels[i] for i in keep]
-    model, tokenizer, head = load_model(args.model, len(classes), args.pool_layers, args.feature_scale)
+    model, tokenizer, head = load(args, len(classes))
     data = Sentences(tokenizer, texts, [classes.index(label) for label in labels], args.max_length)
     dev_data = Sentences(tokenizer, dev[0], [classes.index(label) for label in dev[1]], args.max_length)
     dev_batches = [dev_data.collate(dev_data.records[i : i + 64]) for i in range(0, len(dev_data), 64)]
@@ -183,10 +204,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         label_head(model, data, tokenizer, args.label_phrases.split("|"), args.label_strength)
 
     def logits(inputs: dict[str, Tensor]) -> Tensor:
-        output = model(**inputs)
-        return output if isinstance(output, Tensor) else output.logits
+        return logits_of(model, inputs)
 
-    groups = convert(model, args, head, sample=dev_batches[0][0])
+    sample = dev_batches[0][0]
+    peak = peak_of_step(args, lambda: converted(args, len(classes), sample), lambda model: longest_loss(model, args))
+    groups = convert(model, args, head, sample=sample)
     return train(
         args,
         model,
@@ -195,6 +217,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         data.collate,
         loss_of=lambda batch: F.cross_entropy(logits(batch[0]), batch[1]),
         evaluate=lambda: accuracy_of(model, dev_batches, logits),
+        peak_bytes=peak,
     )
 
 
