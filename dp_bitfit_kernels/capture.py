@@ -9,7 +9,8 @@ device, so that every replay of the release draws fresh noise.
 
 A graph repeats operations on memory and knows nothing of Python. So what it has built in is compared before each
 replay: the kind of the batch, the model's state (:class:`Fingerprint`), what the release depends on. Whatever has
-changed runs eagerly first, as a step without capture would, and is captured once it is the same again.
+changed runs eagerly first, as a step without capture would, and is captured once it is the same again. In another
+phase of a run it begins anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ from ._validate import EngineError
 from .fingerprint import Fingerprint, outline
 from .flat_update import FlatUpdate
 from .optimizer import PrivateOptimizer
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
+    from .session import Session
 
 # Physical batches that run eagerly before a capture, so that libraries have set themselves up; PyTorch asks for three.
 WARM_UP = 3
@@ -150,8 +155,8 @@ class CapturedStep:
                 "max_physical_batch_size=...)"
             )
         self.loss: Tensor | None = None
-        self._optimizer, self._session, self._ledger = optimizer, session, session.ledger
-        self._function = loss
+        self._optimizer, self._function = optimizer, loss
+        self._of = weakref.ref(session)  # what was captured, and counted, belongs to it
         self._graph: type[Graph] = GRAPHS.get(self._ledger.device.type, _Repetition)
         self._calls = 0  # that ran eagerly
         self._sizes: dict[Any, int] = {}  # physical rows of each kind of batch that ran eagerly
@@ -163,8 +168,16 @@ class CapturedStep:
         self._release: Graph | None = None
         self._built_in: tuple[Any, ...] | None = None  # into the release
         self._last: tuple[Any, ...] | None = None  # what the last release depended on
-        self._released = torch.zeros(self._ledger.width, device=self._ledger.device)  # [P]
+        self._released: Tensor | None = None  # [P], where a captured release leaves it
         self._renew()
+
+    @property
+    def _session(self) -> Session:
+        return self._optimizer.session
+
+    @property
+    def _ledger(self) -> Ledger:
+        return self._session.ledger
 
     def _renew(self) -> None:
         device = self._ledger.device
@@ -193,6 +206,10 @@ class CapturedStep:
             raise EngineError("a captured step trains: do not call it under torch.no_grad()")
         self._optimizer.check()
         self._session.check()
+        if self._of() is not self._session:  # another phase trains other parameters: everything anew
+            self.drop_graphs()
+            self._of, self._calls, self._last = weakref.ref(self._session), 0, None
+            self._sizes.clear()
         other = self._ledger.holder
         if other is not None and other is not self:  # a step that was captured before, and is not called any more
             other.drop_graphs()
@@ -234,7 +251,7 @@ class CapturedStep:
     def drop_graphs(self) -> None:
         """Forget what was captured; the next calls capture anew."""
         self._accumulations.clear()
-        self._release = self._built_in = None
+        self._release = self._built_in = self._released = None
         if self._ledger.holder is self:
             self._ledger.hold(None)
             if self._ledger.batch is not None:  # the batch that is open then goes on eagerly
@@ -324,7 +341,7 @@ class CapturedStep:
             if not _unchanged(self._last, present):
                 self._optimizer.apply(self._session.noisy_sum(), flat)
                 self._last = self._present(inside)
-                self._release = self._built_in = None
+                self._release = self._built_in = self._released = None
                 return
             self._capture_release(inside)
         elif inside is not None:
@@ -333,12 +350,15 @@ class CapturedStep:
         self._release.replay()
         self._optimizer.note_step()
         if inside is None:
+            assert self._released is not None
             self._optimizer.apply(self._released, flat)
         else:
             inside.note_versions()
 
     def _capture_release(self, inside: FlatUpdate | None) -> None:
         step = weakref.proxy(self)
+        if inside is None:
+            self._released = torch.zeros(self._ledger.width, device=self._ledger.device)
 
         def release() -> None:
             noisy = step._session.noisy_sum()
