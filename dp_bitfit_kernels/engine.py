@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from . import backends, checkpoint, resume
 from ._plan import (
+    check_calibrated,
     check_delta,
     check_noise_multiplier,
     plan_divisor,
@@ -221,6 +222,7 @@ class PrivacyEngine:
             steps=steps,
             kind=self.accountant.kind,
         )
+        check_calibrated(sigma, target_epsilon)
         private = self.make_private(
             module=module,
             optimizer=optimizer,

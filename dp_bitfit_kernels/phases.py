@@ -160,8 +160,11 @@ class Course:
 
     def ever(self) -> list[Entry]:
         """What any phase trains, as entries of the whole."""
-        chosen = frozenset().union(*self._chosen)
+        chosen = self._in_any()
         return [entry for entry in self._entries if id(entry.parameter) in chosen]
+
+    def _in_any(self) -> frozenset[int]:
+        return frozenset().union(*self._chosen)
 
     def entries(self, number: int) -> list[Entry]:
         """Let the model train what this phase does -> its entries.
@@ -184,11 +187,15 @@ class Course:
     def restore(self) -> None:
         """Let the model train all that it did when the course was made."""
         self._switch(frozenset(id(entry.parameter) for entry in self._entries))
+        for layer, _ in self._layers:
+            layer.__dict__.pop("in_phases", None)
 
     def _switch(self, chosen: frozenset[int]) -> None:
+        ever = self._in_any()
         for layer, own_names in self._layers:
-            own = frozenset(name for name in own_names if id(layer.trained_parameter(name)) in chosen)
-            layer.__dict__["trained"] = own
+            held = {name: id(layer.trained_parameter(name)) for name in own_names}
+            layer.__dict__["trained"] = frozenset(name for name in own_names if held[name] in chosen)
+            layer.__dict__["in_phases"] = frozenset(name for name in own_names if held[name] in ever)
             layer.__dict__.pop("ran_in", None)  # batches are numbered anew
         for entry in self._entries:
             entry.parameter.requires_grad_(id(entry.parameter) in chosen)
