@@ -20,7 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from ._nested import map_tensors, tensors_in
 from ._validate import EngineError
 from .fingerprint import Fingerprint, outline
 from .flat_update import FlatUpdate
+from .graphs import GRAPHS, Graph, Repetition
 from .optimizer import PrivateOptimizer
 
 if TYPE_CHECKING:
@@ -50,47 +51,6 @@ _UNSTEADY = (
     "the model changes an attribute or puts another tensor in the place of a buffer in its forward, which a graph "
     "would not repeat: the captured step runs eagerly. Write to the buffer in place, or keep the number elsewhere"
 )
-
-
-class Graph(Protocol):
-    """Work of the device that was recorded once and is replayed on the same memory."""
-
-    runs_python: bool  # at each replay
-
-    def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None: ...
-
-    def replay(self) -> None: ...
-
-
-class _CudaGraph:
-    runs_python = False
-
-    def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.current_stream(stream.device)
-        stream.wait_stream(before)
-        try:
-            # thread_local: the loader's pinning thread may allocate meanwhile, which is no part of the capture.
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                work()
-        except BaseException:
-            torch.cuda.set_stream(before)  # a capture that was broken off leaves its own stream behind
-            raise
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-class _Repetition:
-    """Where a device has no graphs, the work itself, each time."""
-
-    runs_python = True
-
-    def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None:
-        self.replay = work
-
-
-GRAPHS: dict[str, type[Graph]] = {"cuda": _CudaGraph}
 
 
 @dataclasses.dataclass
@@ -156,8 +116,7 @@ class CapturedStep:
             )
         self.loss: Tensor | None = None
         self._optimizer, self._function = optimizer, loss
-        self._of = weakref.ref(session)  # what was captured, and counted, belongs to it
-        self._graph: type[Graph] = GRAPHS.get(self._ledger.device.type, _Repetition)
+        self._graph: type[Graph] = GRAPHS.get(self._ledger.device.type, Repetition)
         self._calls = 0  # that ran eagerly
         self._sizes: dict[Any, int] = {}  # physical rows of each kind of batch that ran eagerly
         self._closed = False
@@ -206,10 +165,6 @@ class CapturedStep:
             raise EngineError("a captured step trains: do not call it under torch.no_grad()")
         self._optimizer.check()
         self._session.check()
-        if self._of() is not self._session:  # another phase trains other parameters: everything anew
-            self.drop_graphs()
-            self._of, self._calls, self._last = weakref.ref(self._session), 0, None
-            self._sizes.clear()
         other = self._ledger.holder
         if other is not None and other is not self:  # a step that was captured before, and is not called any more
             other.drop_graphs()

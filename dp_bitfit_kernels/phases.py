@@ -214,7 +214,7 @@ class Course:
         """
         holder = session.ledger.holder
         if holder is not None:
-            holder.drop_graphs()
+            holder.drop_graphs()  # it captures anew what the next phase trains
         method = self.methods[index]
         try:
             entries = self.entries(index)

@@ -150,8 +150,8 @@ STATE = (
     Sabotage(
         "secure mode lets batches be left out",
         "session.py",
-        "            if self.secure_mode:\n",
-        "            if False:\n",
+        "        if self.secure_mode:\n",
+        "        if False:\n",
         (f"{BAD}::test_secure_mode_lets_no_batch_be_left_out",),
     ),
     Sabotage(
