@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ._validate import AccountingError, CheckpointError, EngineError, SamplingError
-from .ledger import Entry
+from .entries import Entry
 from .sampling import loader_facts
 
 _MOST_NOISE = 2.0**20
 
 
 def groups(entries: Sequence[Entry]) -> list[tuple[str, int]]:
-    """(layer, elements) of neighbouring entries of one layer, in ledger order."""
+    """(layer, elements) of neighbouring trained parameters of one layer, in the order of ``named_parameters``."""
     groups: list[tuple[str, int]] = []
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: entry.place):
         layer = entry.name.rpartition(".")[0] or entry.name
         if groups and groups[-1][0] == layer:
             groups[-1] = (layer, groups[-1][1] + entry.stop - entry.start)

@@ -13,8 +13,9 @@ from ._plan import groups
 from ._validate import EngineError
 from .accounting import Accountant
 from .clipping import ClippingMethod
+from .entries import Entry
 from .flat_update import FlatUpdate
-from .ledger import Entry, Ledger
+from .ledger import Ledger
 from .noise import KeySource
 from .optimizer import PrivateOptimizer
 from .phases import Course
@@ -31,6 +32,7 @@ class Attached:
         entries: what is trained; with phases, what any of them trains.
         statement: makes the privacy statement, for files of biases.
         noise_steps: drawn under this key before.
+        per_sample_norm: of every ledger.
         settings: of every session, see :class:`Session`.
 
     Attributes:
@@ -54,10 +56,11 @@ class Attached:
         accountant: Accountant,
         statement: object,
         noise_steps: int,
+        per_sample_norm: str,
         settings: dict[str, Any],
     ):
         self._module, self._keys, self._accountant, self._statement = module, keys, accountant, statement
-        self._noise_steps, self._settings = noise_steps, settings
+        self._noise_steps, self._norm, self._settings = noise_steps, per_sample_norm, settings
         self.course, self.widest = course, 0
         self.loader: PrivateDataLoader | None = None
         self.planned: int | None = None
@@ -80,7 +83,7 @@ class Attached:
 
     def _begin(self, entries: list[Entry], method: ClippingMethod) -> Session:
         backend = backends.select(entries[0].layers[0][0].backend, entries[0].parameter.device)
-        ledger = Ledger(self._module, entries, method.plan(groups(entries)), backend)
+        ledger = Ledger(self._module, entries, method.plan(groups(entries)), backend, self._norm)
         ledger.privacy_statement = self._statement
         session = Session(self._module, ledger, self._keys, self._accountant, **self._settings)
         session.skip_noise(self._noise_steps)

@@ -18,7 +18,8 @@ from ._survey import evaluate, undisturbed
 from ._trial import python_generators_kept
 from ._validate import BatchLayoutError, EngineError
 from .clipping import resolve
-from .ledger import Entry, Ledger, find_entries
+from .entries import Entry, find_entries
+from .ledger import Ledger
 
 Loss = Callable[[nn.Module, Any], Tensor]
 # Of gradients, whose sums over many positions may cancel, and of losses; of other dtypes 3e-2.

@@ -27,13 +27,14 @@ from ._validate import EngineError
 from .accounting import Accountant, calibrate_noise_multiplier
 from .attached import Attached
 from .clipping import ClippingMethod, resolve
-from .ledger import find_entries
+from .entries import find_entries
 from .noise import STREAM_SAMPLER, KeySource
 from .optimizer import PrivateOptimizer, check_parameters
 from .phases import Course, Phase, total_epochs
 from .sampling import DrawCounter, PrivateDataLoader, Ticket
 from .session import Session
 from .statement import statement
+from .weights import PER_SAMPLE_NORMS
 
 
 class PrivacyEngine:
@@ -91,6 +92,7 @@ class PrivacyEngine:
         expected_batch_size: float | None = None,
         max_physical_batch_size: int | None = None,
         pad_physical_batches: bool | None = None,
+        per_sample_norm: str = "mixed",
         phases: Sequence[Phase] | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any] | PrivateDataLoader]:
         """Attach the engine.
@@ -110,6 +112,9 @@ class PrivacyEngine:
                 ``sample_rate`` demands it: rate and loader need not agree, and their n is not read.
             max_physical_batch_size: draws are split into physical batches of at most so many rows.
             pad_physical_batches: every physical batch exactly that large, with masked repeats; None: in secure mode.
+            per_sample_norm: how the norm of a large weight's per-sample gradient is taken: ``"ghost"`` (from Gram
+                matrices), ``"instantiate"`` (the rows are made and kept) or ``"mixed"``, whichever is cheaper for the
+                weight and its input's shape. Biases and small weights have rows in any case.
             phases: what is trained, and how, until ``next_phase`` and after; None: all that convert_model chose.
 
         Returns:
@@ -122,6 +127,8 @@ class PrivacyEngine:
             raise EngineError("this engine is already in use: call detach() first, or make another engine")
         if loss_reduction not in ("mean", "sum"):
             raise EngineError(f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum'")
+        if per_sample_norm not in PER_SAMPLE_NORMS:
+            raise EngineError(f"per_sample_norm={per_sample_norm!r}: choose one of {', '.join(PER_SAMPLE_NORMS)}")
         if not 1e-100 <= loss_scale <= 1e100:  # beyond, factors would leave float64
             raise EngineError(f"loss_scale={loss_scale!r} must lie between 1e-100 and 1e100")
         check_noise_multiplier(noise_multiplier)
@@ -135,9 +142,10 @@ class PrivacyEngine:
         rate, steps, public = plan_sampling(data_loader, sample_rate, poisson_sampling)
         expected = plan_divisor(data_loader, sample_rate, expected_batch_size)
 
-        course = None if phases is None else Course(phases, module, clipping, max_grad_norm, steps)
+        norm = "instantiate" if hasattr(module, "_orig_mod") else per_sample_norm
+        course = None if phases is None else Course(phases, module, clipping, max_grad_norm, steps, norm)
         method = resolve(clipping, max_grad_norm) if course is None else course.methods[0]
-        entries = find_entries(module) if course is None else course.ever()
+        entries = find_entries(module, norm) if course is None else course.ever()
         check_parameters(optimizer, module, entries)
         loader: DataLoader[Any] | PrivateDataLoader = data_loader
 
@@ -166,6 +174,7 @@ class PrivacyEngine:
             accountant=self.accountant,
             statement=self.privacy_statement,
             noise_steps=self._noise_steps,
+            per_sample_norm=per_sample_norm,
             settings={
                 "noise_multiplier": float(noise_multiplier),
                 "sample_rate": rate,

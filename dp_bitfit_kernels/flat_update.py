@@ -25,7 +25,7 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from .ledger import Entry
+from .entries import Entry
 
 _FUSED = (optim.Adam, optim.AdamW, optim.SGD)
 _ELEMENTWISE = (

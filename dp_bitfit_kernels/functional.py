@@ -86,7 +86,7 @@ def shape_of(bias: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
     return None if bias is None else (bias.shape, bias.dtype)
 
 
-def _refuse_graph() -> None:
+def refuse_graph_of_rows() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise EngineError(
             "backward(create_graph=True) is not possible on a private model: per-sample gradients "
@@ -106,7 +106,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return result
 
 
-def _pass_on(output: Tensor) -> Tensor:
+def pass_on(output: Tensor) -> Tensor:
     """The same memory as a tensor of its own to autograd: no copy, and in-place operations after it stay legal.
 
     Marking ``output`` as changed in place would do too, but costs three copies of each gradient (CopySlices) where
@@ -142,12 +142,12 @@ class BiasGradFunction(torch.autograd.Function):
         ctx.channels_first, ctx.backend = channels_first, backend
         if not torch.compiler.is_compiling() and kind is None:
             ctx.awaits, ctx.sums = (ctx.width, channels_first), None
-        return _pass_on(output)
+        return pass_on(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.shape is None:
-            _refuse_graph()
+            refuse_graph_of_rows()
         if ctx.kind is not None:
             return grad, None, arranged_bias_grad(ctx, grad), None, None, None
         rows = None if torch.compiler.is_compiling() else handed_over(ctx, grad)
@@ -177,25 +177,25 @@ class SpreadFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_graph()
+        refuse_graph_of_rows()
         return None, grad.reshape(grad.shape[0], -1).float()
 
 
 class WeightGradFunction(torch.autograd.Function):
     """Identity on ``output`` of a Linear; the backward gives ``rows`` [B, p * d] the per-sample weight gradients.
 
-    This is the one place where an activation is kept: a head that is trained whole needs its input.
+    For weights small enough to have rows; it keeps the input, which any weight gradient needs.
     """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, inputs: Tensor, rows: Tensor, kind: str | None) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.kind, ctx.batch = kind, rows.shape[0]
-        return _pass_on(output)
+        return pass_on(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_graph()
+        refuse_graph_of_rows()
         (inputs,) = ctx.saved_tensors
         if ctx.kind is not None:
             rows = weight_grad(by_sample(grad, ctx.kind, ctx.batch), by_sample(inputs, ctx.kind, ctx.batch))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from . import clipping
-from ._validate import EngineError, UnsupportedModuleError
+from ._validate import EngineError
 from .backends import Backend
+from .entries import Entry, grouped
 from .layers import BiasLayer
+from .weights import WeightSink, Workshop
 
 
 class Contribution(Protocol):
@@ -42,24 +44,6 @@ class Contribution(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One trained parameter: columns ``start:stop`` of the ledger."""
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-    stop: int
-    layers: tuple[tuple[BiasLayer, str], ...]  # every layer that gives its gradient, and its name there
-
-    @property
-    def still(self) -> slice:
-        """Columns that a release leaves as they are."""
-        layer, own = self.layers[0]
-        start, stop = layer.still.get(own, (0, 0))
-        return slice(self.start + start, self.start + stop)
-
-
 def _silence_layout_warning() -> None:
     """Spend autograd's once-a-process warning that a gradient slice of a wider buffer is not dense.
 
@@ -73,55 +57,13 @@ def _silence_layout_warning() -> None:
         (leaf * 0.0).sum().backward()
 
 
-def find_entries(model: nn.Module) -> list[Entry]:
-    """The trained parameters of ``model`` in the order of ``named_parameters``, tied ones once.
-
-    Raises:
-        UnsupportedModuleError: a parameter with ``requires_grad`` is not trained by any converted layer.
-    """
-    owners: dict[int, list[tuple[BiasLayer, str]]] = {}
-    for module in model.modules():
-        if isinstance(module, BiasLayer):
-            for own in sorted(module.trained):
-                parameter = module.trained_parameter(own)
-                if parameter is None:
-                    raise UnsupportedModuleError(
-                        f"parameter {own!r} of layer {module.layer_name!r} is no longer a parameter (pruned, "
-                        "parametrized or removed after convert_model): change the model first, then convert it"
-                    )
-                if not parameter.requires_grad:
-                    raise UnsupportedModuleError(
-                        f"parameter {own!r} of layer {module.layer_name!r} was frozen after convert_model: "
-                        "restore_model and leave it out by biases=('*', '!name'), or let it require a gradient again"
-                    )
-                owners.setdefault(id(parameter), []).append((module, own))
-    entries: list[Entry] = []
-    start = 0
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) not in owners:
-            raise UnsupportedModuleError(
-                f"parameter {name!r} requires a gradient but no converted layer gives its per-sample gradient: "
-                "run convert_model first, and freeze what it does not train"
-            )
-        stop = start + parameter.numel()
-        entries.append(Entry(name, parameter, start, stop, tuple(owners[id(parameter)])))
-        start = stop
-    if not entries:
-        raise UnsupportedModuleError("the model has no trained parameter: run convert_model first")
-    devices = {e.parameter.device for e in entries}
-    if len(devices) != 1:
-        raise UnsupportedModuleError(f"trained parameters lie on several devices: {sorted(map(str, devices))}")
-    return entries
-
-
 @dataclass
 class _Slab:
-    rows: Tensor  # [B, P] float32
-    parts: list[Tensor]  # per entry [B, p], views of rows
+    rows: Tensor  # [B, D] float32, D elements of the entries that have rows
+    parts: list[Tensor]  # per such entry [B, p], views of rows
     mask: Tensor  # [B] bool
-    leaves: list[Tensor] = field(default_factory=list)  # per entry [B, p], of the open batch alone
+    leaves: list[Tensor] = field(default_factory=list)  # per such entry [B, p], of the open batch alone
+    sinks: list[WeightSink] = field(default_factory=list)  # per other entry, of the open batch alone
     contributions: list[Contribution] = field(default_factory=list)
     clean_version: int = 0
 
@@ -138,16 +80,30 @@ class Ledger:
     The graph of an earlier batch, kept by the user, never reaches the rows of a later one.
     """
 
-    def __init__(self, model: nn.Module, entries: Sequence[Entry], plan: clipping.ClipPlan, backend: Backend):
+    def __init__(
+        self,
+        model: nn.Module,
+        entries: Sequence[Entry],
+        plan: clipping.ClipPlan,
+        backend: Backend,
+        norm: str = "mixed",
+    ):
         _silence_layout_warning()
         self.entries = list(entries)
+        self.dense = [entry for entry in entries if entry.dense]
+        self.sunk = [entry for entry in entries if not entry.dense]
         self.width = self.entries[-1].stop  # P
+        self.row_width = self.dense[-1].stop if self.dense else 0  # D
         self.plan = plan
         self.backend = backend
         self.device = self.entries[0].parameter.device
-        self.total = torch.zeros(self.width, dtype=torch.int64, device=self.device)
+        self.total = torch.zeros(self.row_width, dtype=torch.int64, device=self.device)
+        self._sums: list[Tensor | None] = [None] * len(self.sunk)  # of the others, where the draw has some
+        self._keep_sums = False
         self.privacy_statement: object = None
-        self._offsets = torch.tensor(plan.offsets, dtype=torch.int64, device=self.device)
+        offsets, self._groups = grouped(self.entries, plan)
+        self._offsets = torch.tensor(offsets, dtype=torch.int64, device=self.device)
+        self._workshop = Workshop(backend, self.device, norm)
         self._bounds = torch.tensor(plan.bounds, dtype=torch.float64, device=self.device)
         self._grid = torch.tensor(plan.grid, dtype=torch.float64, device=self.device)
         self._storage = torch.empty(0, dtype=torch.float32, device=self.device)
@@ -172,6 +128,25 @@ class Ledger:
             mask[entry.still] = True
         return mask if any(entry.still.stop > entry.still.start for entry in self.entries) else None
 
+    def sums(self) -> Iterator[tuple[int, Tensor]]:
+        """The integer sum of the draw by parts: the first of their elements, and the part [n] int64."""
+        if self.dense:
+            yield 0, self.total
+        for entry, own in zip(self.sunk, self._sums, strict=True):
+            yield entry.start, self._sum_of(entry) if own is None else own
+
+    def _sum_of(self, entry: Entry) -> Tensor:
+        return torch.zeros(entry.stop - entry.start, dtype=torch.int64, device=self.device)
+
+    def forget(self) -> None:
+        """Empty the sum of the draw. Those of weights without rows give their memory back: it is wanted elsewhere."""
+        self.total.zero_()
+        for number, own in enumerate(self._sums):
+            if own is not None and self._keep_sums:
+                own.zero_()
+            else:
+                self._sums[number] = None
+
     def detach(self) -> None:
         """Give the layers back to plain training."""
         self.close()
@@ -189,7 +164,13 @@ class Ledger:
         """Whether a backward has reached the open batch: autograd's own version counter of the rows says so."""
         slab = self._slab
         return (
-            self._open and slab is not None and (slab.rows._version != slab.clean_version or bool(slab.contributions))
+            self._open
+            and slab is not None
+            and (
+                slab.rows._version != slab.clean_version
+                or bool(slab.contributions)
+                or any(sink.used for sink in slab.sinks)
+            )
         )
 
     def open(self, batch: int, mask: Tensor | None = None) -> None:
@@ -223,6 +204,9 @@ class Ledger:
         return None if self._holder is None else self._holder()
 
     def hold(self, holder: Any) -> None:
+        if holder is not None and not self._keep_sums:  # a graph knows where they lie
+            self._keep_sums = True
+            self._sums = [self._sum_of(entry) for entry in self.sunk]
         self._holder = None if holder is None else weakref.ref(holder, self._left_alone)
 
     def _left_alone(self, holder: weakref.ref[Any]) -> None:
@@ -249,7 +233,7 @@ class Ledger:
         for leaf in slab.leaves:
             leaf.grad = None
         slab.leaves.clear()
-        for entry, part in zip(self.entries, slab.parts, strict=True):
+        for entry, part in zip(self.dense, slab.parts, strict=True):
             # Shares memory with the rows, not their version counter; its value is never read. A new one for each
             # batch, so that a backward through the graph of an earlier batch finds a leaf that leads nowhere.
             leaf = part.data.requires_grad_()
@@ -257,16 +241,27 @@ class Ledger:
             slab.leaves.append(leaf)
             for layer, own in entry.layers:
                 layer.set_leaf(own, leaf)
+        self._drop_sinks(slab)
+        for entry, group in zip(self.sunk, self._groups, strict=True):
+            sink = WeightSink(self._workshop, entry.name, entry.parameter.shape, group, len(slab.mask))
+            slab.sinks.append(sink)
+            for layer, own in entry.layers:
+                layer.set_sink(own, sink)
         self.opened += 1
 
+    def _drop_sinks(self, slab: _Slab) -> None:
+        for sink in slab.sinks:
+            sink.close()
+        slab.sinks.clear()
+
     def _allocate(self, batch: int) -> _Slab:
-        if self._storage.numel() < batch * self.width:
+        if self._storage.numel() < batch * self.row_width or self._masks.numel() < batch:
             self._slab = None  # let the smaller buffer go before the larger one comes
-            self._storage = torch.empty(batch * self.width, dtype=torch.float32, device=self.device)
+            self._storage = torch.empty(batch * self.row_width, dtype=torch.float32, device=self.device)
             self._masks = torch.empty(batch, dtype=torch.bool, device=self.device)
-        rows = self._storage[: batch * self.width].view(batch, self.width)
+        rows = self._storage[: batch * self.row_width].view(batch, self.row_width)
         rows.zero_()
-        parts = [rows[:, entry.start : entry.stop] for entry in self.entries]
+        parts = [rows[:, entry.start : entry.stop] for entry in self.dense]
         return _Slab(rows, parts, self._masks[:batch])
 
     def zero_rows(self) -> None:
@@ -288,7 +283,8 @@ class Ledger:
         """Names of trained parameters that no gradient has reached since ``watch``; None where nothing was watched."""
         if self._reached is None or self._slab is None or self._slab.contributions:  # these go by no leaf
             return None
-        return [entry.name for number, entry in enumerate(self.entries) if number not in self._reached]
+        silent = [entry.name for number, entry in enumerate(self.dense) if number not in self._reached]
+        return silent + [sink.name for sink in self._slab.sinks if not sink.used]
 
     def contribute(self, contribution: Contribution) -> None:
         """Add a contribution to the open batch, beside the dense rows."""
@@ -303,6 +299,7 @@ class Ledger:
             for leaf in self._slab.leaves:
                 leaf.grad = None
             self._slab.leaves.clear()
+            self._drop_sinks(self._slab)
         for layer in self.layers:
             layer.drop_leaves()
 
@@ -321,6 +318,10 @@ class Ledger:
         for contribution in slab.contributions:
             squares = contribution.squared_norms()
             extra = squares if extra is None else extra + squares
+        for sink in slab.sinks:
+            if extra is None:
+                extra = torch.zeros((len(slab.mask), len(plan.bounds)), dtype=torch.float64, device=self.device)
+            extra[:, sink.group] += sink.squares()
         factors, norms = self.backend.clip_factors(
             slab.rows, self._offsets, slab.mask, self._bounds, self._grid, extra, scale, plan.gamma
         )
@@ -329,6 +330,12 @@ class Ledger:
         self.backend.clipped_sum_(self.total, slab.rows, self._offsets, factors)
         for contribution in slab.contributions:
             contribution.add_clipped(self.total, factors)
+        # Those first that give most memory back, for the sums of the others.
+        for number in sorted(range(len(slab.sinks)), key=lambda number: slab.sinks[number].balance):
+            own = self._sums[number]
+            if own is None:
+                own = self._sums[number] = self._sum_of(self.sunk[number])
+            slab.sinks[number].add_clipped(own, factors)
         slab.contributions.clear()
         self.close()
 
@@ -337,8 +344,9 @@ class Ledger:
         self._slab = None
         self._storage.untyped_storage().resize_(0)  # a leaf's value is never read
         self._storage = self.total = torch.empty(0, device=self.device)
+        self._sums.clear()
 
     def discard(self) -> None:
         """Drop the rows of the open batch and the sum of the draw; nothing of them was released."""
         self.close()
-        self.total.zero_()
+        self.forget()

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
 from ._validate import OptimizerError
+from .entries import Entry
 from .flat_update import FlatUpdate
-from .ledger import Entry
 
 if TYPE_CHECKING:
     from .session import Session

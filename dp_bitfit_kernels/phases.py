@@ -20,8 +20,8 @@ from ._plan import groups
 from ._selection import what_is
 from ._validate import ClippingError, EngineError
 from .clipping import ClippingMethod, resolve
+from .entries import Entry, find_entries, grouped
 from .layers import BiasLayer
-from .ledger import Entry, find_entries
 
 if TYPE_CHECKING:
     from .optimizer import PrivateOptimizer
@@ -115,12 +115,13 @@ class Course:
         clipping: str | ClippingMethod,
         max_grad_norm: float,
         steps: int,
+        norm: str = "mixed",
     ):
         total_epochs(phases)
-        self.phases, self._model = tuple(phases), model
+        self.phases, self._model, self._norm = tuple(phases), model, norm
         self.planned = [phase.epochs * steps for phase in phases]  # releases of each
         self.index, self.releases = 0, [0] * len(self.phases)
-        self._entries = find_entries(model)  # of all that is trainable
+        self._entries = find_entries(model, norm)  # of all that is trainable
         self._layers = [(m, m.trained) for m in model.modules() if isinstance(m, BiasLayer) and m.trained]
         meanings = _Meanings(model, self._entries)
         self._chosen = [meanings.chosen(phase.words, self.label(number)) for number, phase in enumerate(phases)]
@@ -144,7 +145,8 @@ class Course:
 
     def _planned_in(self, number: int, method: ClippingMethod) -> None:
         try:
-            method.plan(groups(self.entries(number)))
+            entries = self.entries(number)
+            grouped(entries, method.plan(groups(entries)))
         except ClippingError as error:
             raise ClippingError(f"{self.label(number)}: {error}") from error
 
@@ -182,7 +184,7 @@ class Course:
                 f"{self.label(number)}: parameter {gone[0]!r} is another object than when the engine was attached "
                 "(assigned anew, or load_state_dict(assign=True)). Load in place, or attach again"
             )
-        return find_entries(self._model)
+        return find_entries(self._model, self._norm)
 
     def restore(self) -> None:
         """Let the model train all that it did when the course was made."""

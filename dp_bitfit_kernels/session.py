@@ -112,7 +112,7 @@ class Session:
         if other_draw:
             self.abandon()
         if self.draw is None:
-            self.ledger.total.zero_()  # an interrupt between a clip and its release leaves nothing behind
+            self.ledger.forget()  # an interrupt between a clip and its release leaves nothing behind
         self.ticket = ticket
         self._declared = self._was_declared = False
         self._open(ticket.size, ticket.mask)
@@ -171,7 +171,7 @@ class Session:
                 "this batch does not come from the private loader: its step is charged at sample rate 1, "
                 "without amplification by sampling",
             )
-        self.ledger.total.zero_()
+        self.ledger.forget()
         self._open(batch)
         self._was_declared = False
 
@@ -375,8 +375,12 @@ class Session:
         self._step.add_(1)
         scale = ledger.plan.sensitivity / (GRID * self.expected_batch_size)
         key, noise_std = self.keys.key_tensor(ledger.device), self.noise_multiplier * GRID
-        release = ledger.backend.noisy_sum(ledger.total, key, self._step, STREAM_NOISE, 0, noise_std, scale)
-        ledger.total.zero_()
+        arguments = (key, self._step, STREAM_NOISE)
+        released = [
+            ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale) for first, total in ledger.sums()
+        ]
+        release = released[0] if len(released) == 1 else torch.cat(released)
+        ledger.forget()
         return release if self._still is None else release.masked_fill_(self._still, 0.0)
 
     @property

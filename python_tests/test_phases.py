@@ -32,9 +32,10 @@ def plain_training(rates: tuple[float, float], steps: tuple[int, int]) -> dict[s
     return values(model)
 
 
-def test_each_phase_is_plain_training_of_its_part() -> None:
+@pytest.mark.parametrize("norm", ["mixed", "ghost", "instantiate"])
+def test_each_phase_is_plain_training_of_its_part(norm: str) -> None:
     phases = [dpk.Phase("full", epochs=2, lr=0.05), dpk.Phase("biases", epochs=3, lr=0.2)]
-    run = private(phases, optimizer=lambda ps, lr: optim.SGD(ps, lr=lr, momentum=0.9), bound=50.0)
+    run = private(phases, optimizer=lambda ps, lr: optim.SGD(ps, lr=lr, momentum=0.9), bound=50.0, per_sample_norm=norm)
     epochs(run, 2)
     run.engine.next_phase()
     epochs(run, 3)
@@ -247,19 +248,26 @@ def test_a_bound_for_each_phase(clipping: Any) -> None:
     assert run.engine.privacy_statement()["max_grad_norm"] == 0.25
 
 
+def groups(parameters: Any, lr: Any) -> optim.Optimizer:
+    """Two, the second with a rate of its own."""
+    return optim.Adam([{"params": parameters[:3]}, {"params": parameters[3:], "lr": 2 * lr}], lr=lr)
+
+
+@pytest.mark.parametrize("make", [optim.Adam, groups])
 @pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3)])
-def test_rates(lr: Any) -> None:
+def test_rates(lr: Any, make: Any) -> None:
     phases = [dpk.Phase("full", epochs=1, lr=0.1), *(dpk.Phase("biases", epochs=1, lr=rate) for rate in (None, 0.7))]
-    run = private(phases, optimizer=optim.Adam, lr=lr)
-    group = run.optimizer.param_groups[0]
+    run = private(phases, optimizer=make, lr=lr)
+    group = run.optimizer.param_groups[-1]
     seen = []
     for phase in range(3):
         if phase:
             run.engine.next_phase()
         seen.append(float(group["lr"]))
         epochs(run, 1)
-    assert seen == pytest.approx([0.1, 0.1, 0.7]) and run.optimizer.param_groups[0] is group
-    assert not isinstance(lr, Tensor) or group["lr"] is lr
+    assert seen == pytest.approx([0.1, 0.1, 0.7]) and run.optimizer.param_groups[-1] is group
+    assert make is groups or not isinstance(lr, Tensor) or group["lr"] is lr
+    assert float(run.optimizer.param_groups[0]["lr"]) == pytest.approx(0.7)
 
 
 def test_schedulers_go_on_and_new_ones_start_from_the_phase() -> None:

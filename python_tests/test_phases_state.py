@@ -42,15 +42,16 @@ def test_state_of_what_stays_trained_is_kept_and_the_rest_freed(optimizer: Any) 
         assert torch.equal(values(run.model)[name], value), name
 
 
-def test_rows_and_sum_of_the_phase_before_are_freed() -> None:
+@pytest.mark.parametrize("norm", ["mixed", "ghost"])
+def test_rows_and_sum_of_the_phase_before_are_freed(norm: str) -> None:
     """Even while the user holds its last loss, whose graph ends in leaves of the rows."""
-    run = private(TWO, optimizer=optim.Adam)
+    run = private(TWO, optimizer=optim.Adam, per_sample_norm=norm)
     ledger = run.engine._session.ledger
     loss = F.cross_entropy(run.model(next(iter(run.loader))[0]), Y)
     loss.backward(retain_graph=True)
     run.optimizer.step()
     rows = ledger._storage.untyped_storage()
-    assert rows.nbytes() == 4 * len(X) * ledger.width
+    assert rows.nbytes() == 4 * len(X) * ledger.row_width
     gone = [weakref.ref(thing) for thing in (ledger, ledger.total, run.engine._session, run.optimizer._flat)]
     del ledger
     run.engine.next_phase()

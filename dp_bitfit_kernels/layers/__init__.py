@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import activation, added, attention, conv, linear, norm, pool
+from . import activation, added, attention, conv, embedding, linear, norm, pool
 from .base import (
     BiasLayer,
     ConvertedLayer,
@@ -24,6 +24,7 @@ __all__ = [
     "attention",
     "conv",
     "convert_layer",
+    "embedding",
     "is_converted",
     "linear",
     "lookup",

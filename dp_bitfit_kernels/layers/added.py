@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional_window import Window
+from ..weight_uses import Use
 from .base import BiasLayer, LayerKind, register
+from .conv import convolution_use
 
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -17,6 +21,7 @@ class ConvTransposeLayer(BiasLayer):
     """y [B, p, ...]: the input gradient of a convolution, as a layer."""
 
     channels_first = True
+    sinkable = frozenset({"weight"})
     weight: Tensor
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Any:
@@ -27,8 +32,15 @@ class ConvTransposeLayer(BiasLayer):
         geometry = (m.stride, m.padding, m.kernel_size)
         padding = m._output_padding(input, output_size, *geometry, dims, m.dilation)
         operation = _TRANSPOSED[dims]
-        output = operation(input, self.weight, self.plain_bias(), m.stride, m.padding, padding, m.groups, m.dilation)
-        return self.tap(output)
+        weight = self.plain_weight()
+        output = operation(input, weight, self.plain_bias(), m.stride, m.padding, padding, m.groups, m.dilation)
+        window = Window(m.stride, m.padding, m.dilation, m.groups)
+        return self.tap(self.weighed(output, input, partial(_turned_use, window=window, kernel=tuple(m.kernel_size))))
+
+
+def _turned_use(grad: Tensor, inputs: Tensor, **geometry: Any) -> Use:
+    """The layer's weight gradient is that of a convolution of its output gradient, whose gradient is the input."""
+    return convolution_use(inputs, grad, **geometry)
 
 
 class InstanceNormLayer(BiasLayer):
@@ -59,7 +71,15 @@ class BilinearLayer(BiasLayer):
 
 
 for _base in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-    register(LayerKind(_base.__name__.lower(), _base, ConvTransposeLayer, methods=("forward", "_output_padding")))
+    register(
+        LayerKind(
+            _base.__name__.lower(),
+            _base,
+            ConvTransposeLayer,
+            whole_names=("weight", "bias"),
+            methods=("forward", "_output_padding"),
+        )
+    )
 for _norm in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
     register(
         LayerKind(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,20 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._nested import tensors_in
+from .._validate import BatchLayoutError
 from ..arrangement import MAJOR
 from ..functional import BiasGradFunction, SpreadFunction, apply
+from ..functional_weight import WeightRowsFunction, tell
 from .base import LayerKind, register
+from .linear import linear_use
 from .one_by_one import OneByOneLayer
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
+_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 
 
 class MultiheadAttentionLayer(OneByOneLayer):
-    """Gives ``in_proj_bias``, ``bias_k``, ``bias_v`` and ``out_proj.bias`` their rows in one forward of the batch.
+    """Gives its projections' weights and biases, ``bias_k`` and ``bias_v`` their rows in one forward of the batch.
 
     Where the samples are not in the dimension that ``batch_first`` names, it is run one sample at a time.
     """
 
+    sinkable = frozenset(_WEIGHTS)
     num_heads: int
     head_dim: int
     batch_first: bool
@@ -40,6 +46,12 @@ class MultiheadAttentionLayer(OneByOneLayer):
         axes = {id(tensor): axis for tensor, axis in zip(given, call.inputs, strict=True)}
         own = 0 if self.batch_first else 1
         if query.dim() != 3 or any(axes[id(tensor)] != own for tensor in (query, key, value)):
+            if self.__dict__.get("sinks"):
+                raise BatchLayoutError(
+                    f"layer {self.layer_name!r}: its samples are not where batch_first={self.batch_first} says, so "
+                    "that it is run one sample at a time, and its weights are too large for rows: "
+                    "make_private(per_sample_norm='instantiate')"
+                )
             return super().forward(*args, **kwargs)
         return self.attend(query, key, value, *options)
 
@@ -98,7 +110,8 @@ class MultiheadAttentionLayer(OneByOneLayer):
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint)
             mixed, weights = out.permute(2, 0, 1, 3).reshape(length * samples, width), None
         own: nn.Linear = self.out_proj  # type: ignore[assignment]
-        output = F.linear(mixed, own.weight, _cut_off(own.bias)).view(length, samples, width)
+        output = F.linear(mixed, own.weight.detach(), _cut_off(own.bias)).view(length, samples, width)
+        output = self.told(output, mixed.view(length, samples, width), "out_proj.weight", 0)
         output = self.tapped(output, self.leaves.get("out_proj.bias"))
         return (output.transpose(0, 1) if self.batch_first else output), weights
 
@@ -106,23 +119,42 @@ class MultiheadAttentionLayer(OneByOneLayer):
         """q, k, v, each [T, N, E]; one matrix product for those of the same input."""
         width: int = self.embed_dim  # type: ignore[assignment]
         if not self._qkv_same_embed_dim:
-            weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            inputs = (query, key, value)
-            return tuple(self.project(x, w, n * width) for n, (x, w) in enumerate(zip(inputs, weights, strict=True)))
-        weight: Any = self.in_proj_weight
+            inputs = ((query, "q_proj_weight"), (key, "k_proj_weight"), (value, "v_proj_weight"))
+            return tuple(self.project(x, name, 0, width, n * width) for n, (x, name) in enumerate(inputs))
+        name = "in_proj_weight"
         if query is key and key is value:
-            return tuple(part.contiguous() for part in self.project(query, weight, 0).chunk(3, -1))
-        q = self.project(query, weight[:width], 0)
+            return tuple(part.contiguous() for part in self.project(query, name, 0, 3 * width, 0).chunk(3, -1))
+        q = self.project(query, name, 0, width, 0)
         if key is value:
-            return q, *(part.contiguous() for part in self.project(key, weight[width:], width).chunk(2, -1))
-        k = self.project(key, weight[width : 2 * width], width)
-        return q, k, self.project(value, weight[2 * width :], 2 * width)
+            both = self.project(key, name, width, 3 * width, width)
+            return q, *(part.contiguous() for part in both.chunk(2, -1))
+        k = self.project(key, name, width, 2 * width, width)
+        return q, k, self.project(value, name, 2 * width, 3 * width, 2 * width)
 
-    def project(self, x: Tensor, weight: Tensor, start: int) -> Tensor:
-        """x [T, N, d] by the weight [p, d], plus elements ``start`` to ``start + p`` of the bias."""
-        stop, bias, rows = start + weight.shape[0], _cut_off(self.in_proj_bias), self.leaves.get("in_proj_bias")
-        output = F.linear(x, weight, None if bias is None else bias[start:stop])
+    def project(self, x: Tensor, name: str, first: int, last: int, start: int) -> Tensor:
+        """x [T, N, d] by rows ``first`` to ``last`` of the weight, plus as many elements of the bias from ``start``."""
+        weight: Any = self._parameters[name]
+        stop, bias, rows = start + last - first, _cut_off(self.in_proj_bias), self.leaves.get("in_proj_bias")
+        output = F.linear(x, weight.detach()[first:last], None if bias is None else bias[start:stop])
+        output = self.told(output, x, name, first)
         return self.tapped(output, None if rows is None else rows[:, start:stop])
+
+    def told(self, output: Tensor, x: Tensor, name: str, first: int) -> Tensor:
+        """output [T, N, p] of x [T, N, d], whose gradient also gives the weight's rows from ``first`` on."""
+        sink, rows = self.__dict__.get("sinks", {}).get(name), self.leaves.get(name)
+        if sink is None and rows is None:
+            return output
+        batch = self.open_batch()
+        assert batch is not None
+        output, x = output.transpose(0, 1), x.transpose(0, 1)
+        make = partial(linear_use, kind=None if output.shape[0] == batch else MAJOR, batch=batch)
+        if sink is not None:
+            output = tell(output, x, sink, partial(make, first=first), self.layer_name)
+        else:
+            height, width = output.shape[2], x.shape[2]
+            part = rows[:, first * width : (first + height) * width]  # type: ignore[index]
+            output = apply(WeightRowsFunction, output, x.detach(), part, make, height, self.layer_name)
+        return output.transpose(0, 1)
 
     def tapped(self, output: Tensor, rows: Tensor | None) -> Tensor:
         """output [T, N, p], whose gradient also gives ``rows`` [B, p]; N = B k, the k of a sample side by side."""

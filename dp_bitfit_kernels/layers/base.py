@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,18 @@ from torch import Tensor, nn
 from .._validate import BatchLayoutError, ConversionError, EngineError
 from ..arrangement import PLAIN, Arrangement
 from ..functional import BiasGradFunction, apply
+from ..functional_weight import WeightRowsFunction, tell
+
+if TYPE_CHECKING:
+    from ..weight_uses import Use
+    from ..weights import WeightSink
 
 # Everything that a conversion or an engine sets on an instance; removed by restore_layer. Copies and pickles take the
 # first six along.
 STATE = (
     *("trained", "backend", "layer_name", "memory", "still", "in_phases"),
     *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before"),
-    *("arrangement", "leaves", "calls", "tried", "written"),
+    *("arrangement", "leaves", "calls", "tried", "written", "sinks"),
 )
 _KEPT = STATE[:6]
 
@@ -89,9 +95,11 @@ class BiasLayer(ConvertedLayer):
         attachment: the ledger of the engine that is attached, or None.
         bias_rows, weight_rows: leaves [B, p] and [B, p * d] of the open batch, or None.
         arrangement: where its output holds the samples.
+        sinkable: its parameters whose gradients it can give to a sink, without rows.
         in_phases: names of its parameters that any phase of the run trains; empty where there are none.
     """
 
+    sinkable: frozenset[str] = frozenset()
     attachment: Any = None
     in_phases: frozenset[str] = frozenset()
     ran_in: int = -1  # number of the batch that it last ran on
@@ -112,11 +120,22 @@ class BiasLayer(ConvertedLayer):
 
     def drop_leaves(self) -> None:
         """Forget the leaves: no batch is open."""
-        self.__dict__.pop("bias_rows", None)
-        self.__dict__.pop("weight_rows", None)
+        for name in ("bias_rows", "weight_rows", "sinks"):
+            self.__dict__.pop(name, None)
 
     def has_leaves(self) -> bool:
-        return self.bias_rows is not None or self.weight_rows is not None
+        return self.open_batch() is not None
+
+    def open_batch(self) -> int | None:
+        """Samples of the open batch; None while there is none."""
+        for rows in (self.bias_rows, self.weight_rows):
+            if rows is not None:
+                return rows.shape[0]
+        return next((sink.batch for sink in self.__dict__.get("sinks", {}).values()), None)
+
+    def set_sink(self, name: str, sink: WeightSink) -> None:
+        """Take the sink of the open batch for the parameter of this name, one of ``sinkable``."""
+        self.__dict__.setdefault("sinks", {})[name] = sink
 
     def plain_bias(self) -> Tensor | None:
         """The bias as the operation sees it: cut from autograd where the tap delivers its gradient."""
@@ -124,6 +143,32 @@ class BiasLayer(ConvertedLayer):
             return self.own_bias().detach()
         bias: Tensor | None = getattr(self, "bias", None)
         return bias
+
+    @property
+    def private_weight(self) -> bool:
+        """Whether the weight is trained by an engine: cut from autograd, its gradient taken from the output's."""
+        return "weight" in self.trained and self.attachment is not None
+
+    def plain_weight(self) -> Any:
+        """The weight as the operation sees it."""
+        weight: Any = self.weight
+        return weight.detach() if self.private_weight else weight
+
+    def weighed(self, output: Tensor, inputs: Tensor, make: Callable[..., Use]) -> Tensor:
+        """Pass ``output`` on; its gradient will also give the weight's rows, or reach its sink.
+
+        make: (grad, inputs, kind=, batch=) -> what they say of the weight's gradient.
+        """
+        if not self.private_weight or not self.recording():
+            return output
+        self.check_rows(output)
+        batch = self.open_batch()
+        make = partial(make, kind=self.kind, batch=batch)
+        sink = self.__dict__.get("sinks", {}).get("weight")
+        if sink is not None:
+            return tell(output, inputs, sink, make, self.layer_name)
+        height = self.trained_parameter("weight").shape[0]  # type: ignore[union-attr]
+        return apply(WeightRowsFunction, output, inputs.detach(), self.weight_rows, make, height, self.layer_name)
 
     def own_bias(self) -> Tensor:
         """The trained bias, looked up directly: getattr takes four times as long."""
@@ -170,13 +215,13 @@ class BiasLayer(ConvertedLayer):
 
     def check_rows(self, output: Tensor) -> None:
         """Refuse an output that does not hold the batch as was proven."""
-        rows = self.bias_rows if self.bias_rows is not None else self.weight_rows
-        if rows is None or (output.dim() > 1 and output.shape[0] == rows.shape[0] and self.arrangement is PLAIN):
+        batch = self.open_batch()
+        if batch is None or (output.dim() > 1 and output.shape[0] == batch and self.arrangement is PLAIN):
             return
-        if self.arrangement is PLAIN or not self.arrangement.holds(output.shape, rows.shape[0], self.attachment.shapes):
+        if self.arrangement is PLAIN or not self.arrangement.holds(output.shape, batch, self.attachment.shapes):
             raise BatchLayoutError(
                 f"layer {self.layer_name!r}: output of shape {tuple(output.shape)} does not have the batch "
-                f"({rows.shape[0]} samples) where it was proven to be. A sequence-first, folded or flattened layout is "
+                f"({batch} samples) where it was proven to be. A sequence-first, folded or flattened layout is "
                 "proven by a forward in eager mode, on a batch whose samples lead the model's inputs"
             )
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arrangement import by_sample
 from ..functional_window import ConvFunction, Window
+from ..weight_uses import Convolution, Folded, Use
 from .base import BiasLayer, LayerKind, register
 
 
@@ -16,6 +20,7 @@ class ConvLayer(BiasLayer):
 
     channels_first = True
     keeps_little = True
+    sinkable = frozenset({"weight"})
     weight: Tensor
 
     def forward(self, input: Tensor) -> Any:
@@ -23,9 +28,23 @@ class ConvLayer(BiasLayer):
             return super().forward(input)
         window = self.window(input) if self.lean or self.traced() else None
         if window is None:
-            output: Tensor = self._conv_forward(input, self.weight, self.plain_bias())  # type: ignore[operator]
-            return self.tap(output)
-        return self.through(ConvFunction, input, self.weight, self.plain_bias(), window, self.layer_name, self.backend)
+            output: Tensor = self._conv_forward(input, self.plain_weight(), self.plain_bias())  # type: ignore[operator]
+            return self.tap(self.told(output, input))
+        weight = self.plain_weight()
+        output = self.through(ConvFunction, input, weight, self.plain_bias(), window, self.layer_name, self.backend)
+        return self.told(output, input)
+
+    def told(self, output: Tensor, input: Tensor) -> Tensor:
+        """``output``, whose gradient also gives the weight's."""
+        if not self.private_weight:
+            return output
+        m: Any = self
+        window, padded = self.window(input), None
+        if window is None:
+            mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+            padded = (tuple(m._reversed_padding_repeated_twice), mode)
+            window = Window(m.stride, (0,) * len(m.kernel_size), m.dilation, m.groups)
+        return self.weighed(output, input, partial(_use, window=window, kernel=tuple(m.kernel_size), padded=padded))
 
     def traced(self) -> bool:
         """Under torch.compile a convolution's backward has the input as an argument, which nothing can leave out."""
@@ -33,7 +52,8 @@ class ConvLayer(BiasLayer):
 
     def gives_all_gradients(self) -> bool:
         bias = self._parameters["bias"]
-        return not self.weight.requires_grad and (bias is None or not bias.requires_grad or "bias" in self.trained)
+        given = self.private_weight or not self.weight.requires_grad
+        return given and (bias is None or not bias.requires_grad or "bias" in self.trained)
 
     def window(self, input: Tensor) -> Window | None:
         """The geometry where ConvFunction serves: padding by zeros, and a batch."""
@@ -51,12 +71,37 @@ class ConvLayer(BiasLayer):
         return Window(m.stride, padding, m.dilation, m.groups)
 
 
+def convolution_use(
+    grad: Tensor, inputs: Tensor, kind: str | None, batch: int, window: Window, kernel: tuple[int, ...]
+) -> Use:
+    """What ``grad`` [n, p, ...] and ``inputs`` [n, c, ...] say of the weight; n = k B where windows are folded."""
+    if kind is None or grad.shape[0] == batch:
+        return Convolution(grad, inputs, window, kernel)
+    grad, inputs = (by_sample(x, kind, batch).reshape(x.shape) for x in (grad, inputs))
+    return Folded(Convolution(grad, inputs, window, kernel), batch)
+
+
+def _use(
+    grad: Tensor,
+    inputs: Tensor,
+    kind: str | None,
+    batch: int,
+    window: Window,
+    kernel: tuple[int, ...],
+    padded: tuple[tuple[int, ...], str] | None,
+) -> Use:
+    if padded is not None:
+        inputs = F.pad(inputs, padded[0], mode=padded[1])
+    return convolution_use(grad, inputs, kind, batch, window, kernel)
+
+
 for _base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register(
         LayerKind(
             _base.__name__.lower(),
             _base,
             ConvLayer,
+            whole_names=("weight", "bias"),
             methods=("forward", "_conv_forward"),
             keeps_less=("exact", "compact"),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class OneByOneLayer(BiasLayer):
     """
 
     keeps_name = True
-    leaves: dict[str, Tensor]
+    leaves: Mapping[str, Tensor] = MappingProxyType({})
     calls: tuple[Call, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,14 +185,16 @@ class OneByOneLayer(BiasLayer):
         """The class's own forward, of the batch."""
         return super().forward(*args, **kwargs)
 
-    def has_leaves(self) -> bool:
-        return bool(self.__dict__.get("leaves"))
+    def open_batch(self) -> int | None:
+        own: dict[str, Tensor] = self.__dict__.get("leaves", {})
+        return next((leaf.shape[0] for leaf in own.values()), super().open_batch())
 
     def set_leaf(self, name: str, leaf: Tensor) -> None:
         self.__dict__.setdefault("leaves", {})[name] = leaf
 
     def drop_leaves(self) -> None:
         self.__dict__.pop("leaves", None)
+        self.__dict__.pop("sinks", None)
 
     def trained_parameter(self, name: str) -> nn.Parameter | None:
         owner, _, own = name.rpartition(".")

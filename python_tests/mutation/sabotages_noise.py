@@ -5,10 +5,10 @@ from __future__ import annotations
 from sabotage import ATTACKS, AUDIT, BAD, CANARY, GUARANTEES, RESIDUE, RESUME, Sabotage
 
 NO_FRESH_DRAW = (
-    ("session.py", "            self.ledger.total.zero_()  # an interrupt", "            pass  # an interrupt"),
+    ("session.py", "            self.ledger.forget()  # an interrupt", "            pass  # an interrupt"),
     (
         "session.py",
-        "        self.ledger.total.zero_()\n        self._open(batch)",
+        "        self.ledger.forget()\n        self._open(batch)",
         "        self._open(batch)",
     ),
 )
@@ -115,14 +115,14 @@ NOISE = (
     Sabotage(
         "a sum of zero gets no noise",
         "session.py",
-        "STREAM_NOISE, 0, noise_std, scale)",
-        "STREAM_NOISE, 0, noise_std if ledger.total.any() else 0.0, scale)",
+        "*arguments, first, noise_std, scale)",
+        "*arguments, first, noise_std if total.any() else 0.0, scale)",
         (f"{GUARANTEES}::test_only_trained_parameters_move_and_all_of_them",),
     ),
     Sabotage(
         "a released sum is released again",
         "session.py",
-        "        ledger.total.zero_()\n",
+        "        ledger.forget()\n",
         "",
         (f"{RESUME}::test_a_released_sum_is_gone",),
     ),
@@ -136,7 +136,7 @@ NOISE = (
     Sabotage(
         "a dropped draw leaves its sum behind",
         "ledger.py",
-        "        self.close()\n        self.total.zero_()",
+        "        self.close()\n        self.forget()",
         "        self.close()",
         (f"{BAD}::test_breaking_out_of_a_draw_leaves_no_residue",),
         also=NO_FRESH_DRAW,

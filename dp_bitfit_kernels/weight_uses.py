@@ -1,0 +1,326 @@
+"""How one call of a layer makes the per-sample gradient of its weight, without making it yet.
+
+The per-sample gradient of a weight W [p, ...] is a sum of T outer products, G_i = sum_t l_it r_it^T: output gradients
+and inputs of a linear layer, positions of a convolution, one-hot tokens of an embedding. A *use* keeps the factors of
+one call. It gives rows G_i of chosen samples, the factors of their Gram matrices, and sizes that bound rounding errors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .functional_window import Window
+
+_COPIED = {"cpu": 1 << 18}
+CHAIN = 512  # terms that are added in float32 before the sum goes on from the next ones: what bounds their rounding
+
+
+class Use(Protocol):
+    """One call of a layer whose weight is trained. B samples; the weight as a matrix [p, d]."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def terms(self) -> int:
+        """T, the outer products of a sample."""
+
+    @property
+    def chain(self) -> int:
+        """n: every product in an element of a row passes at most n roundings to float32."""
+
+    @property
+    def held(self) -> int:
+        """Elements a sample that are kept for as long as the use is."""
+
+    def rows(self, samples: slice, part: slice) -> Tensor:
+        """[b, c, d] float32: rows ``part`` of the weight's gradient of each of these samples."""
+
+    def sizes(self) -> Tensor:
+        """[B] float64, at least M_i = sum_t |l_it| |r_it|."""
+
+    def factors(self, samples: slice) -> Factors | None:
+        """What Gram matrices are made of; None where only rows can be had."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Of b samples: ``left`` [b, g, T, p] float64, or tokens [b, T] int64 for one-hot vectors, and ``right``
+    [b, g, T, d] float64; g groups, of which each sees its own part of the weight."""
+
+    left: Tensor
+    right: Tensor
+    first: int = 0  # row of the weight that column 0 of ``left`` belongs to
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def lengths(x: Tensor, dim: int) -> Tensor:
+    """Euclidean norms of x [B, ...] along ``dim``, float64, whatever the magnitudes of the elements.
+
+    A few samples at a time, since they are copied to float64.
+    """
+    at_once = max(1, _COPIED.get(x.device.type, 1 << 24) * len(x) // max(1, x.numel()))
+    return torch.cat([torch.linalg.vector_norm(part, dim=dim, dtype=torch.float64) for part in x.split(at_once)])
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer, ``left`` [B, T, p] and ``right`` [B, T, d]: rows ``first`` to ``first + p`` of the weight."""
+
+    left: Tensor
+    right: Tensor
+    first: int = 0
+
+    @property
+    def batch(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def terms(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def chain(self) -> int:
+        return min(self.terms, CHAIN) + -(-self.terms // CHAIN) + 1
+
+    @property
+    def held(self) -> int:
+        return self.terms * (self.left.shape[2] + self.right.shape[2])
+
+    def rows(self, samples: slice, part: slice) -> Tensor:
+        start, stop = max(part.start, self.first), min(part.stop, self.first + self.left.shape[2])
+        left, right = self.left[samples], self.right[samples]
+        whole = (start, stop) == (part.start, part.stop)
+        made = left.new_zeros(0) if stop <= start else _outer(left[:, :, start - self.first : stop - self.first], right)
+        if whole:
+            return made
+        out = torch.zeros(
+            (left.shape[0], part.stop - part.start, right.shape[2]), dtype=torch.float32, device=left.device
+        )
+        if stop > start:
+            out[:, start - part.start : stop - part.start] = made
+        return out
+
+    def sizes(self) -> Tensor:
+        return (lengths(self.left, 2) * lengths(self.right, 2)).sum(1)
+
+    def factors(self, samples: slice) -> Factors:
+        left, right = self.left[samples].double(), self.right[samples].double()
+        return Factors(left.unsqueeze(1), right.unsqueeze(1), self.first)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """sum_t left_t right_t^T: [b, T, c], [b, T, d] -> [b, c, d] float32, in sums of at most CHAIN terms."""
+    out: Tensor | None = None
+    for start in range(0, max(1, left.shape[1]), CHAIN):
+        a, b = wide(left[:, start : start + CHAIN]).transpose(1, 2), wide(right[:, start : start + CHAIN])
+        if a.dtype != b.dtype:
+            a, b = a.double(), b.double()
+        made = a * b if b.shape[1] == 1 else torch.bmm(a, b)
+        out = made if out is None else out.add_(made)
+    assert out is not None
+    return out.float()
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of ``input`` [B, c, ...] with gradient ``grad`` [B, p, ...] of its output; W [p, c / groups, ...].
+
+    A transposed convolution is one with the roles of the two turned round.
+    """
+
+    grad: Tensor
+    input: Tensor
+    window: Window
+    kernel: tuple[int, ...]
+
+    @property
+    def batch(self) -> int:
+        return self.grad.shape[0]
+
+    @property
+    def terms(self) -> int:
+        return math.prod(self.grad.shape[2:])
+
+    @property
+    def chain(self) -> int:
+        return self.terms + 1
+
+    @property
+    def held(self) -> int:
+        return (self.grad.numel() + self.input.numel()) // max(1, self.batch)
+
+    def rows(self, samples: slice, part: slice) -> Tensor:
+        grad, input = wide(self.grad[samples]), wide(self.input[samples])
+        batch, p, groups = grad.shape[0], grad.shape[1], self.window.groups
+        shape = (p, input.shape[1] // groups, *self.kernel)
+        if batch == 0 or grad.numel() == 0:
+            return grad.new_zeros((batch, p, math.prod(shape[1:])), dtype=torch.float32)
+        # The samples as groups of one convolution: each group's weight gradient is one sample's.
+        stand_in = grad.new_empty(1).expand(batch * p, *shape[1:])
+        made = torch.ops.aten.convolution_backward(
+            grad.reshape(1, batch * p, *grad.shape[2:]),
+            input.reshape(1, batch * input.shape[1], *input.shape[2:]),
+            stand_in,
+            None,
+            self.window.stride,
+            self.window.padding,
+            self.window.dilation,
+            False,
+            [0] * len(self.kernel),
+            batch * groups,
+            [False, True, False],
+        )[1]
+        rows: Tensor = made.reshape(batch, p, -1)[:, part]
+        return rows.float()
+
+    def sizes(self) -> Tensor:
+        groups, batch = self.window.groups, self.batch
+        left = lengths(self.grad.reshape(batch, groups, -1, max(1, self.terms)), 2)  # [B, g, T]
+        squares = self.input.reshape(batch, groups, -1, *self.input.shape[2:]).double().square().sum(2)
+        ones = squares.new_ones((groups, 1, *self.kernel))
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        stride, padding, dilation, _ = self.window
+        right: Tensor = convolution(squares, ones, None, stride, padding, dilation, groups).clamp_(min=0).sqrt()
+        right = right.flatten(2)[:, :, : left.shape[2]]
+        total: Tensor = (left * right).sum((1, 2))
+        return total
+
+    def factors(self, samples: slice) -> Factors | None:
+        if len(self.kernel) > 2:
+            return None
+        input, grad, window, kernel = (
+            self.input[samples].double(),
+            self.grad[samples].double(),
+            self.window,
+            self.kernel,
+        )
+        if len(kernel) == 1:
+            input, kernel = input.unsqueeze(2), (1, *kernel)
+            window = Window((1, *window.stride), (0, *window.padding), (1, *window.dilation), window.groups)
+        taken = F.unfold(input, kernel, window.dilation, window.padding, window.stride)  # [b, c k, T]
+        left = grad.reshape(grad.shape[0], window.groups, -1, self.terms).transpose(2, 3)
+        right = taken[:, :, : self.terms].reshape(taken.shape[0], window.groups, -1, self.terms).transpose(2, 3)
+        return Factors(left, right)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A convolution of the k windows of each sample, which stand side by side in its leading dimension."""
+
+    of: Convolution
+    batch: int
+
+    @property
+    def windows(self) -> int:
+        return self.of.batch // self.batch
+
+    @property
+    def terms(self) -> int:
+        return self.of.terms * self.windows
+
+    @property
+    def chain(self) -> int:
+        return self.of.chain + self.windows
+
+    @property
+    def held(self) -> int:
+        return self.of.held * self.windows
+
+    def rows(self, samples: slice, part: slice) -> Tensor:
+        k = self.windows
+        rows = self.of.rows(slice(samples.start * k, samples.stop * k), part)
+        return rows.view(-1, k, *rows.shape[1:]).sum(1)
+
+    def sizes(self) -> Tensor:
+        return self.of.sizes().view(self.batch, self.windows).sum(1)
+
+    def factors(self, samples: slice) -> Factors | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """An embedding: token numbers ``ids`` [B, T] and the gradient ``grad`` [B, T, d] of their vectors."""
+
+    ids: Tensor
+    grad: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.grad.shape[0]
+
+    @property
+    def terms(self) -> int:
+        return self.grad.shape[1]
+
+    @property
+    def chain(self) -> int:
+        return self.terms + 1
+
+    @property
+    def held(self) -> int:
+        return self.terms * self.grad.shape[2]
+
+    def rows(self, samples: slice, part: slice) -> Tensor:
+        ids, grad = self.ids[samples] - part.start, wide(self.grad[samples])
+        (batch, terms), count, width = ids.shape, part.stop - part.start, grad.shape[2]
+        place = torch.where((ids >= 0) & (ids < count), ids, count)  # one row more, for tokens of other parts
+        place = place + torch.arange(batch, device=ids.device).unsqueeze(1) * (count + 1)
+        out = grad.new_zeros((batch * (count + 1), width))
+        out.index_add_(0, place.reshape(-1), grad.reshape(batch * terms, width))
+        return out.view(batch, count + 1, width)[:, :count].float()
+
+    def sizes(self) -> Tensor:
+        return lengths(self.grad, 2).sum(1)
+
+    def factors(self, samples: slice) -> Factors:
+        return Factors(self.ids[samples], self.grad[samples].double().unsqueeze(1))
+
+
+def gram_sum(uses: list[Any], samples: slice, at_once: int) -> Tensor:
+    """|G_i|^2 = sum over terms s, t of (l_s . l_t)(r_s . r_t), of all uses together -> [b] float64.
+
+    at_once: elements of a Gram matrix that are made at a time.
+    """
+    factors = [use.factors(samples) for use in uses]
+    total = torch.zeros((), dtype=torch.float64, device=factors[0].right.device)
+    for one in factors:
+        for other in factors:
+            width = one.right.shape[0] * one.right.shape[1] * max(1, other.right.shape[2])
+            step = max(1, at_once // max(1, width))
+            for start in range(0, one.right.shape[2], step):
+                terms = slice(start, start + step)
+                right = one.right[:, :, terms] @ other.right.transpose(2, 3)  # [b, g, s, t]
+                total = total + (right * _left_gram(one, terms, other)).sum((1, 2, 3))
+    return total
+
+
+def _left_gram(one: Factors, terms: slice, other: Factors) -> Tensor:
+    """l_s . l_t -> [b, g, s, t], s in ``terms``."""
+    if one.left.dim() == 4 and other.left.dim() == 4:
+        start = max(one.first, other.first)
+        stop = min(one.first + one.left.shape[3], other.first + other.left.shape[3])
+        if stop <= start:  # of other rows of the weight
+            return one.left.new_zeros(())
+        left = one.left[:, :, terms, start - one.first : stop - one.first]
+        return left @ other.left[:, :, :, start - other.first : stop - other.first].transpose(2, 3)
+    if one.left.dim() == 2 and other.left.dim() == 2:
+        return (one.left[:, terms].unsqueeze(2) == other.left.unsqueeze(1)).unsqueeze(1).double()
+    tokens, dense = (one.left[:, terms], other) if one.left.dim() == 2 else (other.left, one)
+    columns = tokens - dense.first  # [b, s]
+    inside = (columns >= 0) & (columns < dense.left.shape[3])
+    left = dense.left[:, 0] if one.left.dim() == 2 else dense.left[:, 0, terms]  # [b, t, p]
+    index = columns.clamp(0, dense.left.shape[3] - 1).unsqueeze(1).expand(-1, left.shape[1], -1)
+    taken = torch.where(inside.unsqueeze(1), left.gather(2, index), 0.0)  # [b, t, s]
+    return (taken.transpose(1, 2) if one.left.dim() == 2 else taken).unsqueeze(1)

@@ -1,0 +1,269 @@
+"""Trained weights that are too large for rows of their own: norms first, the clipped sum afterwards (book-keeping).
+
+A sink collects what one batch does with one weight (``weight_uses``). When the batch is absorbed it gives the squared
+norm of each sample's gradient; once the clip factors of the whole row are known, it makes the rows a few at a time,
+multiplies, rounds each to the integer grid and adds: one more matrix product, no second backward (Bu et al.,
+arXiv 2210.00038, book-keeping), and no float sum over samples: the integer sum is as exact as that of biases.
+
+**Norms**, for each weight and shape the cheapest (``plan``):
+
+* ``kept``: rows are made in the backward and stay until they are summed, where they are no larger than what makes them.
+  Their norm is that of their very bits.
+* ``tokens``: an embedding's rows are one vector for each token that the sample has; these are kept.
+* ``made``: rows are made twice, a few at a time, once for their norm and once for the sum.
+* ``ghost``: |G|^2 = sum_{s,t} (l_s . l_t)(r_s . r_t) (Goodfellow 2015; Li et al., arXiv 2110.05679): no row is made.
+
+**Sensitivity** stays a bound although ``made`` and ``ghost`` rows are not those that the norm was taken of. Let
+u = 2^-24, v = 2^-53, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l_t| |r_t|, n the roundings
+that a product passes on its way into an element (``Use.chain``), gamma_n = n u / (1 - n u). In any order of summation:
+
+1. A computed row G' has |G'_jk - G_jk| <= gamma_n sum_t |l_tj| |r_tk|, and the matrix of these sums has norm at most M
+   (the triangle inequality over t). So | |G'| - |G| | <= gamma_n M. Products below float32's normal range add at most
+   T 2^-149 an element, sqrt(p d) T 2^-149 in norm.
+2. ``made``: both times the row lies so near G, so the second one's norm is at most that of the first + 2 gamma_n M.
+3. ``ghost``: Gram matrices are made of float64 copies. Each of the T^2 summands passes at most m = p + d + T^2 + 4
+   roundings, and the moduli of all the products add up to at most M^2 (Cauchy-Schwarz). So, with
+   gamma'_m = m v / (1 - m v), |N'^2 - |G|^2| <= gamma'_m M^2 and |G'| <= sqrt(N'^2 + gamma'_m M^2) + gamma_n M. (A
+   float32 Gram cancels: of opposed tokens it has been seen to understate a norm so far that 1.25 R came through.)
+
+The norm given is that upper bound, so a row enters the sum with integer norm at most ``GRID`` as any other does. M is
+computed in float64 and enlarged by 2^-40. What is assumed of the libraries: that products and sums are rounded to
+float32 or better, in any order. Lower modes (TF32, bfloat16) are switched off around them. Where, by its shape, the
+bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), rows are ``kept``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._precision import full_precision
+from ._validate import EngineError
+from .backends import Backend
+from .weight_uses import Lookup, Product, Use, gram_sum
+
+PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
+_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
+_DEAR = 0.01  # the largest part of a norm that the bound may cost
+_INFLATED = 1.0 + 2.0**-40
+
+
+class Workshop:
+    """What all sinks of a ledger share: the ops, and constants on the device."""
+
+    def __init__(self, backend: Backend, device: torch.device, norm: str):
+        self.backend, self.device, self.norm = backend, device, norm
+        self.at_once = _AT_ONCE.get(device.type, 1 << 20)
+        self._one = torch.ones(1, dtype=torch.float64, device=device)
+        self._offsets: dict[int, Tensor] = {}
+        self._masks: dict[int, Tensor] = {}
+
+    def offsets(self, columns: int) -> Tensor:
+        """One group of all columns; remembered, for a capture may not copy from the host."""
+        if columns not in self._offsets:
+            self._offsets[columns] = torch.tensor([0, columns], dtype=torch.int64, device=self.device)
+        return self._offsets[columns]
+
+    def squares(self, rows: Tensor) -> Tensor:
+        """Squared norms of rows [b, n] float32 -> [b] float64."""
+        batch, columns = rows.shape
+        if batch not in self._masks:
+            self._masks[batch] = torch.ones(batch, dtype=torch.bool, device=self.device)
+        arguments = (self.offsets(columns), self._masks[batch], self._one, self._one)
+        _, norms = self.backend.clip_factors(rows, *arguments, None, 1.0, None)
+        return norms[:, 0].square()
+
+    def add(self, total: Tensor, rows: Tensor, factors: Tensor) -> None:
+        """total [n] int64 += sum_i round(factors_i rows_i), rows [b, n] float32, factors [b, 1] float64."""
+        self.backend.clipped_sum_(total, rows, self.offsets(rows.shape[1]), factors)
+
+
+def gamma(count: int, unit: float) -> float:
+    """n u / (1 - n u), the relative error of n roundings in a row (Higham 2002, lemma 3.1)."""
+    return count * unit / (1.0 - count * unit) if count * unit < 0.5 else math.inf
+
+
+class WeightSink:
+    """What one batch does with one trained weight.
+
+    Attributes:
+        anchor: a leaf without elements; the functions of layers take it so that autograd comes by.
+    """
+
+    def __init__(self, workshop: Workshop, name: str, shape: torch.Size, group: int, batch: int):
+        self.name, self.group, self.batch = name, group, batch
+        self.height, self.width = shape[0], math.prod(shape[1:])
+        self.anchor = torch.empty(0, device=workshop.device, requires_grad=True)
+        self._workshop = workshop
+        self._open = True
+        self._rows: Tensor | None = None  # [B, p * d] float32, where they are kept
+        self._uses: list[tuple[Use, tuple[int, ...]]] = []  # with the versions of their tensors
+        self._tokens: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether a backward has reached it."""
+        return self._rows is not None or bool(self._uses)
+
+    @property
+    def balance(self) -> int:
+        """Elements that the sum takes, less those that it makes free, counted in float32."""
+        rows = 0 if self._rows is None else self._rows.numel()
+        return 2 * self.height * self.width - rows - sum(use.held * use.batch for use, _ in self._uses)
+
+    def take(self, use: Use) -> None:
+        """A backward came by with the gradient of one call. After the batch it leads nowhere."""
+        if not self._open:
+            return
+        if use.batch != self.batch:
+            raise EngineError(f"weight {self.name!r}: a gradient of {use.batch} samples in a batch of {self.batch}")
+        if self._rows is not None or (not self._uses and self.plan(use) == "kept"):
+            with full_precision():
+                for samples, part in self._pieces([use]):
+                    made = use.rows(samples, part).reshape(-1, (part.stop - part.start) * self.width)
+                    if self._rows is None:
+                        shape = (self.batch, self.height * self.width)
+                        self._rows = torch.zeros(shape, dtype=torch.float32, device=made.device)
+                    self._rows[samples, part.start * self.width : part.stop * self.width] += made
+            return
+        self._uses.append((use, _versions(use)))
+
+    def plan(self, use: Use) -> str:
+        """How the norm of a weight with such a use is taken; by its shape alone."""
+        asked = self._workshop.norm
+        size, terms = self.height * self.width, use.terms
+        if isinstance(use, Lookup):
+            return "tokens"
+        if asked == "instantiate":
+            return "kept"
+        if asked == "ghost":
+            return "ghost"
+        if size <= use.held or 2.0 * use.chain * 2.0**-24 * math.sqrt(terms) > _DEAR:
+            return "kept"
+        return "ghost" if 4 * terms * (self.height + self.width) < size else "made"
+
+    def _pieces(self, uses: Sequence[Use]) -> Iterator[tuple[slice, slice]]:
+        """(samples, rows of the weight), so that no more than ``at_once`` elements are made at a time."""
+        limit = self._workshop.at_once
+        if self.height * self.width <= limit or not all(isinstance(use, Product | Lookup) for use in uses):
+            step = max(1, limit // max(1, self.height * self.width))
+            for i in range(0, self.batch, step):
+                yield slice(i, min(i + step, self.batch)), slice(0, self.height)
+            return
+        step = max(1, limit // max(1, self.width))
+        for i in range(self.batch):
+            for start in range(0, self.height, step):
+                yield slice(i, i + 1), slice(start, min(start + step, self.height))
+
+    def _made(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows [b, c * d], piece by piece, of all uses together."""
+        for samples, part in self._pieces([use for use, _ in self._uses]):
+            rows: Tensor | None = None
+            for use, _ in self._uses:
+                made = use.rows(samples, part)
+                rows = made if rows is None else rows.add_(made)
+            assert rows is not None
+            yield samples, part, rows.reshape(rows.shape[0], -1)
+
+    def _check(self) -> None:
+        for use, versions in self._uses:
+            if _versions(use) != versions:
+                raise EngineError(
+                    f"weight {self.name!r}: an input or an output gradient of its layer was changed in place after the "
+                    "backward: its per-sample gradients are lost"
+                )
+
+    def squares(self) -> Tensor:
+        """[B] float64: squared norms of the samples' gradients, or upper bounds of those of the rows to be summed."""
+        if self._rows is not None:
+            return self._workshop.squares(self._rows)
+        if not self._uses:
+            return torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
+        self._check()
+        uses = [use for use, _ in self._uses]
+        plans = [self.plan(use) for use in uses]
+        if all(plan == "tokens" for plan in plans):
+            self._tokens = [summed(uses)]  # type: ignore[arg-type]
+            _, vectors = self._tokens[0]
+            return self._workshop.squares(vectors.view(self.batch, -1))
+        with full_precision():
+            largest = torch.stack([use.sizes() for use in uses]).sum(0) * _INFLATED
+            error = gamma(sum(use.chain for use in uses), 2.0**-24)
+            terms = sum(use.terms for use in uses)
+            below = math.sqrt(self.height * self.width) * terms * 2.0**-149
+            first = uses[0].factors(slice(0, 1))
+            if first is not None and all(plan in ("ghost", "tokens") for plan in plans):
+                found = torch.cat([gram_sum(uses, samples, self._workshop.at_once) for samples in self._samples(terms)])
+                room = gamma(self.height + self.width + terms * terms + 4, 2.0**-53)
+                norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + error * largest + below
+                norms = torch.where(found.isnan(), found, norms)
+            else:
+                found = torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
+                for samples, _, rows in self._made():
+                    found[samples] += self._workshop.squares(rows)
+                norms = found.sqrt() + 2.0 * (error * largest + below)
+        return norms.square()
+
+    def _samples(self, terms: int) -> Iterator[slice]:
+        each = max(terms * terms, terms * (self.height + self.width) // 4, 1)
+        step = max(1, self._workshop.at_once // each)
+        return (slice(i, min(i + step, self.batch)) for i in range(0, self.batch, step))
+
+    def add_clipped(self, total: Tensor, factors: Tensor) -> None:
+        """Add sum_i round(factors[i] row_i) to ``total`` [p * d] int64; factors [B, L] float64."""
+        factor = factors[:, self.group : self.group + 1].contiguous()
+        if self._rows is not None:
+            self._workshop.add(total, self._rows, factor)
+        elif self._tokens is not None:
+            for ids, vectors in self._tokens:
+                _add_tokens(total.view(self.height, self.width), ids, vectors, factor, self._workshop.at_once)
+        elif self._uses:
+            with full_precision():
+                for samples, part, rows in self._made():
+                    self._workshop.add(total[part.start * self.width : part.stop * self.width], rows, factor[samples])
+        self.close()
+
+    def close(self) -> None:
+        """Forget everything; backwards that come later add nothing."""
+        self._open, self._rows, self._tokens = False, None, None
+        self._uses.clear()
+
+
+def _versions(use: Any) -> tuple[int, ...]:
+    own = vars(getattr(use, "of", use)).values()
+    return tuple(value._version for value in own if isinstance(value, Tensor))
+
+
+def summed(uses: list[Lookup]) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T] and the sum of the gradients of each [B, T, d] float32; what is left over is token 0 with zeros.
+
+    T of all uses together. No shape depends on what the tokens are.
+    """
+    ids = torch.cat([use.ids for use in uses], 1)
+    grad = torch.cat([use.grad.float() for use in uses], 1)
+    batch, terms = ids.shape
+    ordered, order = ids.sort(dim=1, stable=True)
+    new = torch.ones_like(ordered)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    slot = new.cumsum(1) - 1  # [B, T]
+    place = (slot + torch.arange(batch, device=ids.device).unsqueeze(1) * terms).reshape(-1)
+    source = (order + torch.arange(batch, device=ids.device).unsqueeze(1) * terms).reshape(-1)
+    flat = grad.reshape(batch * terms, grad.shape[2])
+    vectors = torch.zeros_like(flat).index_add_(0, place, flat.index_select(0, source))
+    tokens = torch.zeros_like(ids).scatter_(1, slot, ordered)
+    return tokens, vectors.view(batch, terms, grad.shape[2])
+
+
+def _add_tokens(total: Tensor, ids: Tensor, vectors: Tensor, factor: Tensor, at_once: int) -> None:
+    """total [V, d] int64 += the vectors [B, T, d] of the tokens [B, T], clipped by factor [B, 1] and rounded."""
+    step = max(1, at_once // max(1, vectors.shape[1] * vectors.shape[2]))
+    for start in range(0, ids.shape[0], step):
+        samples = slice(start, start + step)
+        own = factor[samples].unsqueeze(2)
+        scaled = vectors[samples].double() * own
+        rounded = torch.where(own == 0.0, 0.0, scaled).add_(0.5).floor_().to(torch.int64)
+        total.index_add_(0, ids[samples].reshape(-1), rounded.flatten(0, 1))
