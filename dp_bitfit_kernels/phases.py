@@ -118,6 +118,8 @@ class Course:
         norm: str = "mixed",
     ):
         total_epochs(phases)
+        if any(m.attachment is not None for m in model.modules() if isinstance(m, BiasLayer)):
+            raise EngineError("this model already has a PrivacyEngine attached: call its detach() first")
         self.phases, self._model, self._norm = tuple(phases), model, norm
         self.planned = [phase.epochs * steps for phase in phases]  # releases of each
         self.index, self.releases = 0, [0] * len(self.phases)
@@ -138,8 +140,10 @@ class Course:
 
     def _method(self, number: int, clipping: str | ClippingMethod, max_grad_norm: float) -> ClippingMethod:
         own = self.phases[number].max_grad_norm
+        if own is None:
+            return resolve(clipping, max_grad_norm)
         try:
-            return resolve(clipping, max_grad_norm if own is None else own)
+            return resolve(clipping, own)
         except ClippingError as error:
             raise ClippingError(f"{self.label(number)}: {error}") from error
 
@@ -188,9 +192,11 @@ class Course:
 
     def restore(self) -> None:
         """Let the model train all that it did when the course was made."""
-        self._switch(frozenset(id(entry.parameter) for entry in self._entries))
-        for layer, _ in self._layers:
+        for layer, own_names in self._layers:
+            layer.__dict__["trained"] = own_names
             layer.__dict__.pop("in_phases", None)
+        for entry in self._entries:
+            entry.parameter.requires_grad_(True)
 
     def _switch(self, chosen: frozenset[int]) -> None:
         ever = self._in_any()
@@ -270,11 +276,9 @@ class Course:
                 **phase.to_dict(),
                 "max_grad_norm": method.sensitivity,
                 "elements": sum(e.parameter.numel() for e in self._entries if id(e.parameter) in chosen),
-                "releases": count if number <= self.index else 0,
+                "releases": count,
             }
-            for number, (phase, method, chosen, count) in enumerate(
-                zip(self.phases, self.methods, self._chosen, made, strict=True)
-            )
+            for phase, method, chosen, count in zip(self.phases, self.methods, self._chosen, made, strict=True)
         ]
 
 

@@ -288,3 +288,12 @@ def test_schedulers_go_on_and_new_ones_start_from_the_phase() -> None:
     assert group["lr"] == pytest.approx(TWO[1].lr / 2)
     other = optim.lr_scheduler.LambdaLR(run.optimizer, lambda count: 1.0 / (1 + count))
     assert other.base_lrs == [TWO[1].lr]
+
+
+def test_a_scheduler_of_first_rates_goes_on_from_those() -> None:
+    run = private(TWO, optimizer=optim.Adam)
+    scheduler = optim.lr_scheduler.LambdaLR(run.optimizer, lambda count: 1.0 / (1 + count))
+    run.engine.next_phase()
+    epochs(run, 1)
+    scheduler.step()
+    assert run.optimizer.param_groups[0]["lr"] == TWO[0].lr / 2

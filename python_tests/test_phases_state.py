@@ -100,9 +100,12 @@ def test_detach_gives_everything_back() -> None:
     run = private(TWO, model=model, modules=None)
     run.engine.next_phase()
     assert names_of(model) == list(BIASES)
+    with pytest.raises(dpk.EngineError, match="already has a PrivacyEngine"):
+        private(TWO, model=model, modules=None)
     run.engine.detach()
     assert names_of(model) == list(ALL) and run.engine.phase is None
     assert [(m.trained, m.attachment) for m in layers] == before
+    assert not any(m.in_phases for m in layers)
     F.cross_entropy(model(X), Y).backward()
     assert all(p.grad is not None for p in model.parameters())
     plain = dpk.restore_model(model)
