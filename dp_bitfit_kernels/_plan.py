@@ -15,8 +15,6 @@ from ._validate import AccountingError, CheckpointError, EngineError, SamplingEr
 from .entries import Entry
 from .sampling import loader_facts
 
-_MOST_NOISE = 2.0**20
-
 
 def groups(entries: Sequence[Entry]) -> list[tuple[str, int]]:
     """(layer, elements) of neighbouring trained parameters of one layer, in the order of ``named_parameters``."""
@@ -133,19 +131,11 @@ def warn_of_lost(releases: int) -> None:
         )
 
 
-def check_calibrated(sigma: float, target_epsilon: float) -> None:
-    if sigma > _MOST_NOISE:
-        raise AccountingError(
-            f"target_epsilon={target_epsilon!r} cannot be met: it needs noise_multiplier={sigma:.3g}, and 2^20 is the "
-            "most that there is. Raise it or target_delta, or take fewer steps or smaller batches"
-        )
-
-
 def json_number(value: float) -> float | str:
     return value if math.isfinite(value) else "inf"
 
 
 def check_noise_multiplier(value: float) -> None:
     """Finite, not negative, and small enough for float64 to hold the noise on the integer grid."""
-    if not 0 <= value <= _MOST_NOISE:
+    if not 0 <= value <= 2.0**20:
         raise EngineError(f"noise_multiplier={value!r} must lie in [0, 2^20]")

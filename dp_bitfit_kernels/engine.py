@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from . import backends, checkpoint, resume
 from ._plan import (
-    check_calibrated,
     check_delta,
     check_noise_multiplier,
     plan_divisor,
@@ -231,7 +230,6 @@ class PrivacyEngine:
             steps=steps,
             kind=self.accountant.kind,
         )
-        check_calibrated(sigma, target_epsilon)
         private = self.make_private(
             module=module,
             optimizer=optimizer,
