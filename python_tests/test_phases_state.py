@@ -147,6 +147,19 @@ def test_the_statement_lists_the_phases() -> None:
     assert "phases" not in private(None, sigma=1.0).engine.privacy_statement(1e-3)
 
 
+def test_the_numerical_bound_goes_by_the_widest_release_of_the_engine() -> None:
+    run = private(None, sigma=1.0)
+    epochs(run, 1)
+    widest = run.engine._session.ledger.width
+    run.engine.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = private([TWO[1]], sigma=1.0, model=run.model, modules=None, engine=run.engine)
+    epochs(again, 1)
+    assert again.engine._session.ledger.width < widest
+    assert again.engine.privacy_statement(1e-3)["numerical_slack"]["epsilon"] == epsilon_slack(1.0, widest, 2)
+
+
 def test_a_captured_step_begins_anew(graphs: Any) -> None:
     """The same numbers as eager steps, and graphs of its own in each phase."""
     outcomes = []
