@@ -14,7 +14,7 @@ from torch import nn
 from . import layers
 from ._nested import tensors_in
 from ._selection import what_is
-from .layers import norm_then, own_forward
+from .layers import norm_then, own_forward, spread
 
 # These read their children's parameters themselves, so the children's forward, and with it ours, never runs.
 _USES_CHILDREN_AS_FUNCTIONS = (nn.MultiheadAttention,)
@@ -87,7 +87,7 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Slot]]:
             kind = layers.lookup(module)
             own = not isinstance(module, (layers.ConvertedLayer, torch.jit.ScriptModule))
             if kind is None and own and "forward" not in module.__dict__:
-                kind = norm_then.find(module) or own_forward.find(module)
+                kind = norm_then.find(module) or own_forward.find(module) or spread.find(module)
             used = id(module) in functional
             sites[id(module)] = Site(module, [], kind, _obstacle(module, kind, used), used)
         site = sites[id(module)]

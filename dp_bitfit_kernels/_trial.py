@@ -19,6 +19,7 @@ from ._validate import BatchLayoutError
 from .layers import BiasLayer
 from .layers.one_by_one import Call, OneByOneLayer
 from .layers.own_forward import OwnForwardLayer
+from .layers.spread import Copies
 
 Calls = dict[OneByOneLayer, tuple[Call, ...]]
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
@@ -55,11 +56,19 @@ class Trial:
     kwargs: Any
     batch: int
     layers: list[BiasLayer]
+    spread: set[BiasLayer] = dataclasses.field(default_factory=set)  # what they share is copied for each sample
 
     def run(
-        self, rows: list[int], first: bool = False, calls: Calls | None = None, instead: Calls | None = None
+        self,
+        rows: list[int],
+        first: bool = False,
+        calls: Calls | None = None,
+        instead: Calls | None = None,
+        changed: tuple[bool, ...] = (),
     ) -> Run:
         """One run on these rows of the inputs.
+
+        changed: of which samples the copies are other than what they are copies of.
 
         first: layers with a forward of their own are tried in it. calls: layers run one sample at a time are compared
         with themselves. instead: these are run so, and the model goes on with that.
@@ -120,6 +129,8 @@ class Trial:
             for own, buffer in module._buffers.items()
             if buffer is not None
         ]
+        for layer in self.spread:
+            layer.__dict__["trial_copies"] = Copies(len(rows), changed or (False,) * len(rows))
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=devices), python_generators_kept():
                 chosen = map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
@@ -130,6 +141,8 @@ class Trial:
                     run.buffers[f"{name}.{own}" if name else own] = value.clone()
             run.at_once.update(key for key, works in at_once.items() if works)
         finally:
+            for layer in self.spread:
+                layer.__dict__.pop("trial_copies", None)
             for handle in handles:
                 handle.remove()
             with torch.no_grad():

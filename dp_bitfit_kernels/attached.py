@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import ref
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,11 +21,27 @@ from .noise import KeySource
 from .optimizer import PrivateOptimizer
 from .phases import Course
 from .sampling import PrivateDataLoader, Ticket
-from .session import ForwardHook, Session
+from .second_backward import CutHook, SecondBackward
+from .session import Session
+
+
+class ForwardHook:
+    """Tells the session of each forward of the model; a copy or pickle of the model is not private and does nothing."""
+
+    def __init__(self, session: Session | None):
+        self._session = ref(session) if session is not None else None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        session = self._session() if self._session is not None else None
+        if session is not None:
+            session.before_forward(args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForwardHook, (None,)
 
 
 class Attached:
-    """The running session, its hook on the model, and the private optimizer.
+    """The running session, its hooks on the model, and the private optimizer.
 
     Guarantee: the sessions of all phases use one key and one counter of noise that only grows.
 
@@ -32,7 +49,7 @@ class Attached:
         entries: what is trained; with phases, what any of them trains.
         statement: makes the privacy statement, for files of biases.
         noise_steps: drawn under this key before.
-        per_sample_norm: of every ledger.
+        per_sample_norm, twice: of every ledger; ``twice``: large weights are summed by a second backward.
         settings: of every session, see :class:`Session`.
 
     Attributes:
@@ -57,10 +74,12 @@ class Attached:
         statement: object,
         noise_steps: int,
         per_sample_norm: str,
+        twice: bool,
         settings: dict[str, Any],
     ):
         self._module, self._keys, self._accountant, self._statement = module, keys, accountant, statement
-        self._noise_steps, self._norm, self._settings = noise_steps, per_sample_norm, settings
+        self._noise_steps, self._settings = noise_steps, settings
+        self._norm, self._twice = per_sample_norm, twice
         self.course, self.widest = course, 0
         self.loader: PrivateDataLoader | None = None
         self.planned: int | None = None
@@ -83,16 +102,19 @@ class Attached:
 
     def _begin(self, entries: list[Entry], method: ClippingMethod) -> Session:
         backend = backends.select(entries[0].layers[0][0].backend, entries[0].parameter.device)
-        ledger = Ledger(self._module, entries, method.plan(groups(entries)), backend, self._norm)
+        ledger = Ledger(self._module, entries, method.plan(groups(entries)), backend, self._norm, self._twice)
         ledger.privacy_statement = self._statement
-        session = Session(self._module, ledger, self._keys, self._accountant, **self._settings)
+        again = SecondBackward() if self._twice else None
+        session = Session(self._module, ledger, self._keys, self._accountant, again=again, **self._settings)
         session.skip_noise(self._noise_steps)
         return session
 
     def _run(self, session: Session, method: ClippingMethod) -> None:
         self.session, self.method = session, method
         self.widest = max(self.widest, session.ledger.width)
-        self._hook = self._module.register_forward_pre_hook(ForwardHook(session), with_kwargs=True)
+        self._hooks: list[Any] = [self._module.register_forward_pre_hook(ForwardHook(session), with_kwargs=True)]
+        if self._twice:
+            self._hooks.append(self._module.register_forward_hook(CutHook(session)))
         self._tell()
 
     def _tell(self) -> None:
@@ -118,7 +140,7 @@ class Attached:
             EngineError: in the middle of a draw.
         """
         session = self.session
-        if session.draw is not None or session.ledger.dirty:
+        if session.draw is not None or session.dirty:
             raise EngineError(f"{what} in the middle of a draw: call it after optimizer.step() returned True")
         return session
 
@@ -153,17 +175,21 @@ class Attached:
         before = self.session
         self._noise_steps, self._settings["noise_multiplier"] = before.noise_steps, before.noise_multiplier
         after = course.enter(index, before, self.optimizer, self._begin)
-        self._hook.remove()
+        self._remove_hooks()
         self._run(after, course.methods[index])
         if self.loader is not None:
             self.loader.skip_draws = 0
 
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
     def end(self) -> None:
         """Give the model back to plain training of all that was trainable before."""
         session = self.session
-        if session.ledger.dirty or session.draw is not None:
+        if session.dirty or session.draw is not None:
             warnings.warn("detach() drops a draw that was not released", stacklevel=3)
-        self._hook.remove()
+        self._remove_hooks()
         session.end()
         self.optimizer.detach()
         if self.course is not None:

@@ -17,6 +17,7 @@ from . import backends, checkpoint, resume
 from ._plan import (
     check_delta,
     check_noise_multiplier,
+    groups,
     plan_divisor,
     plan_sampling,
     warn_of_earlier_training,
@@ -31,6 +32,7 @@ from .noise import STREAM_SAMPLER, KeySource
 from .optimizer import PrivateOptimizer, check_parameters
 from .phases import Course, Phase, total_epochs
 from .sampling import DrawCounter, PrivateDataLoader, Ticket
+from .second_backward import CLIPPED_SUMS, NOT_PROVEN
 from .session import Session
 from .statement import statement
 from .weights import PER_SAMPLE_NORMS
@@ -92,6 +94,7 @@ class PrivacyEngine:
         max_physical_batch_size: int | None = None,
         pad_physical_batches: bool | None = None,
         per_sample_norm: str = "mixed",
+        clipped_sum: str = "book_keeping",
         phases: Sequence[Phase] | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any] | PrivateDataLoader]:
         """Attach the engine.
@@ -114,6 +117,10 @@ class PrivacyEngine:
             per_sample_norm: how the norm of a large weight's per-sample gradient is taken: ``"ghost"`` (from Gram
                 matrices), ``"instantiate"`` (the rows are made and kept) or ``"mixed"``, whichever is cheaper for the
                 weight and its input's shape. Biases and small weights have rows in any case.
+            clipped_sum: how large weights' clipped gradients are summed: ``"book_keeping"``, of what one backward left,
+                or ``"second_backward"``, for comparison: its sensitivity is not proven. With ``per_sample_norm`` these
+                are the methods of the literature: instantiate + book_keeping is Opacus's, ghost or mixed +
+                book_keeping is BK, + second_backward are FastGradClip, GhostClip and MixGhostClip.
             phases: what is trained, and how, until ``next_phase`` and after; None: all that convert_model chose.
 
         Returns:
@@ -128,6 +135,11 @@ class PrivacyEngine:
             raise EngineError(f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum'")
         if per_sample_norm not in PER_SAMPLE_NORMS:
             raise EngineError(f"per_sample_norm={per_sample_norm!r}: choose one of {', '.join(PER_SAMPLE_NORMS)}")
+        if clipped_sum not in CLIPPED_SUMS:
+            raise EngineError(f"clipped_sum={clipped_sum!r}: choose one of {', '.join(CLIPPED_SUMS)}")
+        twice = clipped_sum == "second_backward"
+        if twice and self.secure_mode:
+            raise EngineError(f"secure_mode=True refuses what is not proven. {NOT_PROVEN}")
         if not 1e-100 <= loss_scale <= 1e100:  # beyond, factors would leave float64
             raise EngineError(f"loss_scale={loss_scale!r} must lie between 1e-100 and 1e100")
         check_noise_multiplier(noise_multiplier)
@@ -163,6 +175,11 @@ class PrivacyEngine:
                 draw_counter=self._draws,
             )
         warn_of_earlier_training(entries, optimizer, self._earlier)
+        most = len(method.plan(groups(entries)).bounds) if course is None else course.most_groups
+        if twice and most > 1:
+            raise EngineError("a second backward weighs whole samples: clipped_sum='second_backward' clips flat only")
+        if twice:
+            warnings.warn(NOT_PROVEN, stacklevel=2)
         attached = self._attached = Attached(
             module,
             optimizer,
@@ -174,6 +191,7 @@ class PrivacyEngine:
             statement=self.privacy_statement,
             noise_steps=self._noise_steps,
             per_sample_norm=per_sample_norm,
+            twice=twice,
             settings={
                 "noise_multiplier": float(noise_multiplier),
                 "sample_rate": rate,

@@ -19,6 +19,7 @@ from ._nested import form, strangers, tensors_in
 from ._validate import BatchLayoutError
 from .arrangement import MAJOR, PLAIN, Arrangement, by_sample, candidates
 from .layers import BiasLayer
+from .layers.embedding import EmbeddingLayer
 from .layers.one_by_one import Call, OneByOneLayer
 
 TOLERANCE = 1e-6  # of the largest part
@@ -60,12 +61,14 @@ class Seen:
     layer: BiasLayer
     shape: tuple[int, ...]
     digests: dict[tuple[str, int], Tensor]  # (kind, rows of a sample) -> [n] float64
+    whole: Tensor | None = None  # [1] float64, of a layer whose output the samples may share
 
     @staticmethod
     def of(layer: BiasLayer, output: Tensor, samples: int) -> Seen:
         ways = candidates(output.shape, samples, layer.channels_first)
         digests = {(kind, k): _digest(by_sample(output, kind, samples)) for kind, k in ways}
-        return Seen(layer, tuple(output.shape), digests)
+        shared = isinstance(layer, EmbeddingLayer) and (output.dim() == 2 or (output.dim() == 3 and len(output) == 1))
+        return Seen(layer, tuple(output.shape), digests, _digest(output.reshape(1, -1)) if shared else None)
 
 
 Pair = tuple[Sequence[Any], Sequence[Any], slice]  # two runs' calls, and the rows that hold the samples in both
@@ -115,6 +118,19 @@ def arrangements(pairs: Sequence[Pair], batch: int, shapes: list[tuple[int, ...]
             list(dict.fromkeys(mixing.values())),
         )
     return found
+
+
+def shared(pairs: Sequence[Pair]) -> set[BiasLayer]:
+    """Embeddings whose output is [T, d] or [1, T, d], the same whatever the samples, in each of their calls."""
+    found: dict[BiasLayer, bool] = {}
+    for own in _side_by_side(pairs):
+        runs: list[Seen] = [run for pair in own for run in pair]
+        alike = all(run.shape == runs[0].shape and run.whole is not None for run in runs)
+        alike = alike and all(same(run.whole, runs[0].whole, 0.0) for run in runs)  # type: ignore[arg-type]
+        held = all((MAJOR, 1) in run.digests for run in runs)
+        layer = runs[0].layer
+        found[layer] = found.get(layer, True) and alike and not held
+    return {layer for layer, alike in found.items() if alike}
 
 
 def _side_by_side(pairs: Sequence[Pair]) -> list[tuple[tuple[Any, Any], ...]]:

@@ -62,6 +62,7 @@ def tell(output: Tensor, inputs: Tensor, sink: WeightSink, make: Callable[[Tenso
             "trace: make_private(per_sample_norm='instantiate') keeps the rows of linear layers, or leave the model "
             "uncompiled"
         )
+    sink.calls += 1
     return apply(WeightFunction, output, sink.anchor, inputs.detach(), sink, make, layer)
 
 

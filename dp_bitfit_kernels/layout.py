@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from . import _slices, evidence
 from ._nested import tensors_in
 from ._survey import evaluating
-from ._trial import FAILURES, MIXED, Calls, Trial, another_row
+from ._trial import FAILURES, MIXED, Calls, Run, Trial, another_row
 from ._validate import BatchLayoutError
 from .arrangement import PLAIN, Arrangement
 from .layers import BiasLayer
 from .layers.one_by_one import Call, OneByOneLayer
 from .layers.own_forward import OwnForwardLayer
+from .layers.spread import SpreadLayer
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -69,6 +70,7 @@ class Proof:
     arrangements: dict[BiasLayer, Arrangement]
     calls: dict[OneByOneLayer, tuple[Call, ...]]
     tried: list[OwnForwardLayer]
+    shared: set[BiasLayer]
 
     @property
     def of_these_sizes(self) -> bool:
@@ -80,12 +82,19 @@ class Proof:
 
     def unlike_before(self) -> list[str]:
         """Names of layers that were taken for arranged in another way than is proven, or were not known."""
-        arranged = [layer.layer_name for layer, found in self.arrangements.items() if layer.arrangement != found]
+        arranged = [
+            layer.layer_name
+            for layer, found in self.arrangements.items()
+            if layer.arrangement != found or getattr(layer, "same_for_all", False) != (layer in self.shared)
+        ]
         return arranged + [alone.layer_name for alone, calls in self.calls.items() if alone.calls != calls]
 
     def apply(self) -> None:
         """Tell the layers."""
         for layer, arrangement in self.arrangements.items():
+            layer.__dict__.pop("same_for_all", None)
+            if layer in self.shared:
+                layer.__dict__["same_for_all"] = True
             if arrangement is PLAIN:  # as it is by itself: code that was compiled on that stays right
                 layer.__dict__.pop("arrangement", None)
             else:
@@ -110,21 +119,32 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
         BatchLayoutError: naming the layer whose output does not follow the batch or whose rows are not the samples, or
             saying that the model mixes samples, or that it cannot be run with one more row.
     """
-    trial = Trial(model, args, kwargs, batch, layers)
+    trial = Trial(model, args, kwargs, batch, layers, {m for m in layers if isinstance(m, SpreadLayer) and m.trained})
     other = another_row(args, kwargs, batch)
     added = (0,) if other is None else (0, other, MIXED) if other >= 0 else (0, other)
     samples = range(batch)
     alone = any(isinstance(layer, OneByOneLayer) for layer in layers)
-    try:
-        behind = [trial.run([*samples, row], first=not n) for n, row in enumerate(added)]
-        ahead = [trial.run([row, *samples]) for row in added[:2]] if other is not None else []
-        same = trial.run([*samples]) if alone else None
-    except FAILURES as error:
-        raise BatchLayoutError(
-            f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} ({error})"
-        ) from error
-    pairs = [(behind[0], last, slice(0, batch)) for last in behind[1:] or behind]
-    pairs += [(a, ahead[-1], slice(1, batch + 1)) for a in ahead[:1]]
+
+    def runs() -> tuple[list[Run], list[tuple[Run, Run, slice]], Run | None]:
+        try:
+            behind = [trial.run([*samples, row], first=not n) for n, row in enumerate(added)]
+            ahead = [trial.run([row, *samples]) for row in added[:2]] if other is not None else []
+            same = trial.run([*samples]) if alone else None
+        except FAILURES as error:
+            raise BatchLayoutError(
+                f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} ({error}). "
+                + (f"{evidence.INSTEAD}" if trial.spread else ""),
+                list(trial.spread),
+            ) from error
+        pairs = [(behind[0], last, slice(0, batch)) for last in behind[1:] or behind]
+        pairs += [(a, ahead[-1], slice(1, batch + 1)) for a in ahead[:1]]
+        return behind, pairs, same
+
+    behind, pairs, same = runs()
+    shared = evidence.shared([(a.seen, b.seen, kept) for a, b, kept in pairs])
+    if shared:
+        trial.spread |= shared
+        behind, pairs, same = runs()
     shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
     arrangements = evidence.arrangements([(a.seen, b.seen, kept) for a, b, kept in pairs], batch, shapes)
     called: list[evidence.Pair] = [(a.called, b.called, kept) for a, b, kept in pairs]
@@ -143,8 +163,50 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
                 )
     if other is not None and other >= 0 and loss_in(behind[0].output) is not None:
         _require_loss_of_samples(trial)
+    if trial.spread:
+        _require_copies_apart(trial, arrangements)
     tried = [layer for layer in arrangements if isinstance(layer, OwnForwardLayer)]
-    return Proof(other is not None, arrangements, calls, tried)
+    return Proof(other is not None, arrangements, calls, tried, shared)
+
+
+def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangement]) -> None:
+    """Copies of what samples share leave the model's outputs as they are, and each shows in its own sample alone.
+
+    Of the layers' outputs and the model's, those of samples whose copies are changed are as if all were, those of the
+    others as if none was; in evaluation mode, where nothing else is random.
+
+    Raises:
+        BatchLayoutError: naming the layers with copies.
+    """
+    samples = [*range(trial.batch)]
+    some = tuple(n % 2 == 0 for n in samples)
+    with evaluating(trial.model):
+        runs = [trial.run(samples, changed=changed) for changed in ((), tuple(True for _ in samples), some)]
+        spread, trial.spread = trial.spread, set()
+        plain = trial.run(samples)
+        trial.spread = spread
+    right = _slices.alike(plain.output, runs[0].output)
+    mask = torch.tensor(some)
+    for none, every, mixed in zip(*(_by_sample(run, trial.batch, arrangements) for run in runs), strict=True):
+        chosen = mask.to(none.device).view(-1, *(1,) * (none.dim() - 1))
+        right = right and evidence.same(torch.where(chosen, every, none), mixed, 1e-4)
+    if not right:
+        names = ", ".join(sorted(repr(layer.layer_name) for layer in spread))
+        raise BatchLayoutError(
+            f"what the samples share in layer {names} is not added to each of them by itself, so that its per-sample "
+            f"gradient is not known. {evidence.INSTEAD}",
+            list(spread),
+        )
+
+
+def _by_sample(run: Run, batch: int, arrangements: dict[BiasLayer, Arrangement]) -> list[Tensor]:
+    """[B, ...] float: what the layers and the model gave for each sample."""
+    seen = []
+    for call in run.seen:
+        kind = arrangements[call.layer].kind if call.layer in arrangements else None
+        seen += [digest for (way, _), digest in call.digests.items() if way == kind and len(digest) == batch]
+    outputs = [t for t in tensors_in(run.output) if t.dim() > 0 and len(t) == batch and t.is_floating_point()]
+    return seen + outputs
 
 
 def _with(calls: Calls, at_once: Callable[[OneByOneLayer, Call], bool]) -> Calls:

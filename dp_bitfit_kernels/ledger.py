@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -87,6 +87,7 @@ class Ledger:
         plan: clipping.ClipPlan,
         backend: Backend,
         norm: str = "mixed",
+        twice: bool = False,
     ):
         _silence_layout_warning()
         self.entries = list(entries)
@@ -103,7 +104,7 @@ class Ledger:
         self.privacy_statement: object = None
         offsets, self._groups = grouped(self.entries, plan)
         self._offsets = torch.tensor(offsets, dtype=torch.int64, device=self.device)
-        self._workshop = Workshop(backend, self.device, norm)
+        self._workshop = Workshop(backend, self.device, norm, twice)
         self._bounds = torch.tensor(plan.bounds, dtype=torch.float64, device=self.device)
         self._grid = torch.tensor(plan.grid, dtype=torch.float64, device=self.device)
         self._storage = torch.empty(0, dtype=torch.float32, device=self.device)
@@ -303,10 +304,12 @@ class Ledger:
         for layer in self.layers:
             layer.drop_leaves()
 
-    def absorb(self, scale: float) -> None:
+    def absorb(self, scale: float, again: Callable[[Tensor], None] | None = None) -> None:
         """Clip the rows of the open batch, add them to the integer total, and close the batch.
 
         Args:
+            again: runs the backward once more, with each sample weighed by its part of [B] float32; None where the
+                sums of large weights are made of what the first backward left.
             scale: what one row is multiplied by to be the gradient of one sample's loss (undoes the loss scale
                 and, for a mean, the division by the number of physical rows).
         """
@@ -330,6 +333,11 @@ class Ledger:
         self.backend.clipped_sum_(self.total, slab.rows, self._offsets, factors)
         for contribution in slab.contributions:
             contribution.add_clipped(self.total, factors)
+        if again is not None:
+            weights = (factors[:, 0] / clipping.GRID).float()
+            for sink in slab.sinks:
+                sink.weigh(weights)
+            again(weights)
         # Those first that give most memory back, for the sums of the others.
         for number in sorted(range(len(slab.sinks)), key=lambda number: slab.sinks[number].balance):
             own = self._sums[number]

@@ -105,6 +105,7 @@ class Course:
 
     Attributes:
         index: of the running phase.
+        most_groups: that any phase clips apart.
         releases: made in each phase; of the running one, those before the last change of phases or resume.
     """
 
@@ -122,7 +123,7 @@ class Course:
             raise EngineError("this model already has a PrivacyEngine attached: call its detach() first")
         self.phases, self._model, self._norm = tuple(phases), model, norm
         self.planned = [phase.epochs * steps for phase in phases]  # releases of each
-        self.index, self.releases = 0, [0] * len(self.phases)
+        self.index, self.releases, self.most_groups = 0, [0] * len(self.phases), 0
         self._entries = find_entries(model, norm)  # of all that is trainable
         self._layers = [(m, m.trained) for m in model.modules() if isinstance(m, BiasLayer) and m.trained]
         meanings = _Meanings(model, self._entries)
@@ -150,7 +151,9 @@ class Course:
     def _planned_in(self, number: int, method: ClippingMethod) -> None:
         try:
             entries = self.entries(number)
-            grouped(entries, method.plan(groups(entries)))
+            plan = method.plan(groups(entries))
+            grouped(entries, plan)
+            self.most_groups = max(self.most_groups, len(plan.bounds))
         except ClippingError as error:
             raise ClippingError(f"{self.label(number)}: {error}") from error
 

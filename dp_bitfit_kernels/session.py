@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +21,9 @@ from .ledger import Ledger
 from .noise import STREAM_NOISE, KeySource
 from .proofs import Proofs
 from .sampling import Ticket
+from .second_backward import SecondBackward
 
 _EVALUATION = "for evaluation use torch.no_grad()"
-
-
-class ForwardHook:
-    """Tells the session of each forward of the model; a copy or pickle of the model is not private and does nothing."""
-
-    def __init__(self, session: Session | None):
-        self._session = ref(session) if session is not None else None
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        session = self._session() if self._session is not None else None
-        if session is not None:
-            session.before_forward(args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardHook, (None,)
 
 
 class Session:
@@ -66,12 +51,14 @@ class Session:
         poisson_sampling: bool,
         padded: bool,
         secure_mode: bool,
+        again: SecondBackward | None = None,
     ):
         self.model, self.ledger, self.keys, self.accountant = model, ledger, keys, accountant
         self.noise_multiplier = noise_multiplier
         self.sample_rate, self.expected_batch_size = sample_rate, expected_batch_size
         self.mean_reduction, self.loss_scale = mean_reduction, loss_scale
         self.poisson_sampling, self.padded, self.secure_mode = poisson_sampling, padded, secure_mode
+        self.again = again
         self.ended = False  # by detach()
         self.releases = 0
         self.planned_releases: int | None = None
@@ -102,9 +89,14 @@ class Session:
             self._warned.add(key)
             warnings.warn(message, stacklevel=4)
 
+    @property
+    def dirty(self) -> bool:
+        """Whether a backward has reached the open batch."""
+        return self.ledger.dirty or (self.again is not None and self.again.dirty)
+
     def on_ticket(self, ticket: Ticket) -> None:
         """Open the physical batch that the private loader is about to hand out."""
-        if self.ledger.dirty:
+        if self.dirty:
             raise EngineError("a batch was backpropagated but not stepped: call optimizer.step() after every batch")
         other_draw = self.draw is not None and self.draw != ticket.draw
         if self.ticket is not None or other_draw or ticket.part > (self._next_part if self.draw is not None else 0):
@@ -145,7 +137,7 @@ class Session:
                 raise BatchLayoutError(
                     f"engine.batch({batch}): the batch of the private loader has {self.ledger.batch} samples"
                 )
-        elif self.ledger.dirty:
+        elif self.dirty:
             raise EngineError("the batch before was backpropagated but not stepped: call optimizer.step() first")
         else:
             self._open_without_ticket(batch)
@@ -153,7 +145,7 @@ class Session:
 
     def undeclare(self) -> None:
         self._declared = False
-        if self.ticket is None and not self.ledger.dirty:
+        if self.ticket is None and not self.dirty:
             self.ledger.close()
 
     def _open_without_ticket(self, batch: int) -> None:
@@ -178,6 +170,8 @@ class Session:
     def _open(self, batch: int, mask: Tensor | None = None) -> None:
         was_compiled, self._forwards = self.proofs.traced is not None, 0
         self.proofs.open()
+        if self.again is not None:
+            self.again.clear()
         self.ledger.open(batch, mask)
         # Once, after the first release: by then a head that started at zero passes gradients on.
         if self.releases and not self._reach_checked and not was_compiled:  # a hook would make compiled code anew
@@ -215,6 +209,12 @@ class Session:
             with self._abandoned_on_error():
                 self.proofs.before_forward(args, kwargs, batch, self.ledger.opened)
 
+    def after_forward(self, output: Any) -> Any:
+        """Called after each forward of the model, where the sum comes by a second backward."""
+        if self.again is None or not torch.is_grad_enabled() or self.ledger.batch is None:
+            return output
+        return self.again.cut(output, self.ledger.batch)
+
     @property
     def settled(self) -> bool:
         """Whether eager steps have asked all that they ask of a model in its present modes."""
@@ -238,6 +238,8 @@ class Session:
     def abandon(self) -> None:
         """Drop the open batch and the sum of its draw."""
         self.ledger.discard()
+        if self.again is not None:
+            self.again.clear()
         self.ticket, self.draw, self._next_part = None, None, 0
 
     def end(self) -> None:
@@ -253,7 +255,9 @@ class Session:
 
     def drop_rows(self) -> None:
         """Forget gradients of the open batch that no step has used (zero_grad)."""
-        if self.ledger.dirty:
+        if self.dirty:
+            if self.again is not None:
+                self.again.clear()
             self.ledger.zero_rows()
             self._forwards = 0
 
@@ -266,13 +270,16 @@ class Session:
         """
         self.check()
         batch = self.ledger.batch
-        if batch is None or not self.ledger.dirty:
+        if batch is None or not self.dirty:
             raise OptimizerError(
                 "step() without a backward of the private model since the last step: nothing was backpropagated, or "
                 "the forward ran under torch.no_grad(), or the backward after `with engine.batch(B):` had ended"
             )
         with self._abandoned_on_error():
             self.proofs.before_step(batch, declared=self._was_declared)
+        if self.again is not None:
+            with self._abandoned_on_error():
+                self.again.first()
         silent = self.ledger.silent()
         if silent is not None:
             self._reach_checked = True
@@ -291,7 +298,8 @@ class Session:
         """Clip the rows of the open batch and add them to the sum of its draw."""
         batch = self.ledger.batch
         assert batch is not None
-        self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale)
+        again = None if self.again is None else self.again.second
+        self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale, again)
 
     def end_batch(self) -> bool:
         """Use up the ticket of the batch whose rows were added; True when its draw is complete."""

@@ -9,6 +9,7 @@ from ._plan import json_number
 from .accounting import Accountant
 from .attached import Attached
 from .noise import delta_slack, epsilon_slack
+from .second_backward import NOT_PROVEN
 
 
 def statement(
@@ -34,6 +35,7 @@ def statement(
         "accountant": accountant.kind,
         "clipping": method.name,
         "max_grad_norm": method.sensitivity,
+        "sensitivity": "proven" if session.again is None else NOT_PROVEN,
         "expected_batch_size": session.expected_batch_size,
         "public_dataset_size": public_size,
         "secure_mode": session.secure_mode,

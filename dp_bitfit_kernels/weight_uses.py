@@ -42,6 +42,9 @@ class Use(Protocol):
     def rows(self, samples: slice, part: slice) -> Tensor:
         """[b, c, d] float32: rows ``part`` of the weight's gradient of each of these samples."""
 
+    def add_total(self, out: Tensor, keep: Tensor) -> None:
+        """Add to ``out`` [p, d] float32 the sum of the rows of the samples that ``keep`` [B] names, made in one go."""
+
     def sizes(self) -> Tensor:
         """[B] float64, at least M_i = sum_t |l_it| |r_it|."""
 
@@ -71,6 +74,11 @@ def lengths(x: Tensor, dim: int) -> Tensor:
     """
     at_once = max(1, _COPIED.get(x.device.type, 1 << 24) * len(x) // max(1, x.numel()))
     return torch.cat([torch.linalg.vector_norm(part, dim=dim, dtype=torch.float64) for part in x.split(at_once)])
+
+
+def _kept(x: Tensor, keep: Tensor) -> Tensor:
+    """x [B, ...] with zeros for the samples that are not kept, whatever they hold."""
+    return torch.where(keep.view(-1, *(1,) * (x.dim() - 1)), x, 0.0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,10 @@ class Product:
         if stop > start:
             out[:, start - part.start : stop - part.start] = made
         return out
+
+    def add_total(self, out: Tensor, keep: Tensor) -> None:
+        left, right = (wide(_kept(x, keep)).flatten(0, 1) for x in (self.left, self.right))
+        out[self.first : self.first + left.shape[1]] += left.t() @ right.to(left.dtype)
 
     def sizes(self) -> Tensor:
         return (lengths(self.left, 2) * lengths(self.right, 2)).sum(1)
@@ -167,22 +179,26 @@ class Convolution:
         if batch == 0 or grad.numel() == 0:
             return grad.new_zeros((batch, p, math.prod(shape[1:])), dtype=torch.float32)
         # The samples as groups of one convolution: each group's weight gradient is one sample's.
-        stand_in = grad.new_empty(1).expand(batch * p, *shape[1:])
-        made = torch.ops.aten.convolution_backward(
-            grad.reshape(1, batch * p, *grad.shape[2:]),
-            input.reshape(1, batch * input.shape[1], *input.shape[2:]),
-            stand_in,
-            None,
-            self.window.stride,
-            self.window.padding,
-            self.window.dilation,
-            False,
-            [0] * len(self.kernel),
-            batch * groups,
-            [False, True, False],
+        grad = grad.reshape(1, batch * p, *grad.shape[2:])
+        input = input.reshape(1, batch * input.shape[1], *input.shape[2:])
+        made = self._weight_grad(grad, input, (batch * p, *shape[1:]), batch * groups)
+        return made.reshape(batch, p, -1)[:, part].float()
+
+    def _weight_grad(self, grad: Tensor, input: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
+        stand_in = grad.new_empty(1).expand(shape)  # only its shape is read
+        stride, padding, dilation, _ = self.window
+        geometry = (stride, padding, dilation, False, [0] * len(self.kernel), groups)
+        made: Tensor = torch.ops.aten.convolution_backward(
+            grad, input, stand_in, None, *geometry, [False, True, False]
         )[1]
-        rows: Tensor = made.reshape(batch, p, -1)[:, part]
-        return rows.float()
+        return made
+
+    def add_total(self, out: Tensor, keep: Tensor) -> None:
+        grad, input = wide(_kept(self.grad, keep)), wide(_kept(self.input, keep))
+        groups = self.window.groups
+        if grad.numel():
+            shape = (grad.shape[1], input.shape[1] // groups, *self.kernel)
+            out += self._weight_grad(grad, input, shape, groups).reshape(out.shape)
 
     def sizes(self) -> Tensor:
         groups, batch = self.window.groups, self.batch
@@ -242,6 +258,9 @@ class Folded:
         rows = self.of.rows(slice(samples.start * k, samples.stop * k), part)
         return rows.view(-1, k, *rows.shape[1:]).sum(1)
 
+    def add_total(self, out: Tensor, keep: Tensor) -> None:
+        self.of.add_total(out, keep.repeat_interleave(self.windows))
+
     def sizes(self) -> Tensor:
         return self.of.sizes().view(self.batch, self.windows).sum(1)
 
@@ -280,6 +299,9 @@ class Lookup:
         out = grad.new_zeros((batch * (count + 1), width))
         out.index_add_(0, place.reshape(-1), grad.reshape(batch * terms, width))
         return out.view(batch, count + 1, width)[:, :count].float()
+
+    def add_total(self, out: Tensor, keep: Tensor) -> None:
+        out.index_add_(0, self.ids.reshape(-1), _kept(self.grad, keep).flatten(0, 1).to(out.dtype))
 
     def sizes(self) -> Tensor:
         return lengths(self.grad, 2).sum(1)

@@ -44,6 +44,7 @@ from torch import Tensor
 from ._precision import full_precision
 from ._validate import EngineError
 from .backends import Backend
+from .clipping import GRID
 from .weight_uses import Lookup, Product, Use, gram_sum
 
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
@@ -55,8 +56,9 @@ _INFLATED = 1.0 + 2.0**-40
 class Workshop:
     """What all sinks of a ledger share: the ops, and constants on the device."""
 
-    def __init__(self, backend: Backend, device: torch.device, norm: str):
+    def __init__(self, backend: Backend, device: torch.device, norm: str, twice: bool = False):
         self.backend, self.device, self.norm = backend, device, norm
+        self.twice = twice  # whether the sum comes by a second backward
         self.at_once = _AT_ONCE.get(device.type, 1 << 20)
         self._one = torch.ones(1, dtype=torch.float64, device=device)
         self._offsets: dict[int, Tensor] = {}
@@ -102,12 +104,16 @@ class WeightSink:
         self._open = True
         self._rows: Tensor | None = None  # [B, p * d] float32, where they are kept
         self._uses: list[tuple[Use, tuple[int, ...]]] = []  # with the versions of their tensors
-        self._tokens: list[tuple[Tensor, Tensor]] | None = None
+        self._tokens: tuple[Tensor, Tensor] | None = None
+        self.calls = 0  # forwards that will come by, as far as they are known
+        self._squares: Tensor | None = None  # [B], where they are taken as soon as the gradient comes
+        self._weights: Tensor | None = None  # [B], in the second of two backwards
+        self._sum: Tensor | None = None  # [p, d] float32, the weighed sum over samples
 
     @property
     def used(self) -> bool:
         """Whether a backward has reached it."""
-        return self._rows is not None or bool(self._uses)
+        return self._rows is not None or bool(self._uses) or self._squares is not None
 
     @property
     def balance(self) -> int:
@@ -121,14 +127,27 @@ class WeightSink:
             return
         if use.batch != self.batch:
             raise EngineError(f"weight {self.name!r}: a gradient of {use.batch} samples in a batch of {self.batch}")
+        if self._weights is not None:
+            with full_precision():
+                if self._sum is None:
+                    self._sum = torch.zeros((self.height, self.width), device=self.anchor.device)
+                use.add_total(self._sum, self._weights != 0.0)
+            return
+        if self._squares is not None:
+            raise EngineError(
+                f"weight {self.name!r} is used again in a block that is computed again in the backward, which "
+                "clipped_sum='second_backward' cannot do: use 'book_keeping'"
+            )
+        if self._workshop.twice and self.calls == 1:  # nothing is kept between the two backwards
+            self._uses.append((use, _versions(use)))
+            self._squares = self.squares()
+            self._uses.clear()
+            self._tokens = None
+            return
         if self._rows is not None or (not self._uses and self.plan(use) == "kept"):
             with full_precision():
-                for samples, part in self._pieces([use]):
-                    made = use.rows(samples, part).reshape(-1, (part.stop - part.start) * self.width)
-                    if self._rows is None:
-                        shape = (self.batch, self.height * self.width)
-                        self._rows = torch.zeros(shape, dtype=torch.float32, device=made.device)
-                    self._rows[samples, part.start * self.width : part.stop * self.width] += made
+                made = use.rows(slice(0, self.batch), slice(0, self.height)).reshape(self.batch, -1)
+            self._rows = made if self._rows is None else self._rows.add_(made)
             return
         self._uses.append((use, _versions(use)))
 
@@ -179,6 +198,8 @@ class WeightSink:
 
     def squares(self) -> Tensor:
         """[B] float64: squared norms of the samples' gradients, or upper bounds of those of the rows to be summed."""
+        if self._squares is not None:
+            return self._squares
         if self._rows is not None:
             return self._workshop.squares(self._rows)
         if not self._uses:
@@ -187,8 +208,8 @@ class WeightSink:
         uses = [use for use, _ in self._uses]
         plans = [self.plan(use) for use in uses]
         if all(plan == "tokens" for plan in plans):
-            self._tokens = [summed(uses)]  # type: ignore[arg-type]
-            _, vectors = self._tokens[0]
+            self._tokens = summed(uses)  # type: ignore[arg-type]
+            _, vectors = self._tokens
             return self._workshop.squares(vectors.view(self.batch, -1))
         with full_precision():
             largest = torch.stack([use.sizes() for use in uses]).sum(0) * _INFLATED
@@ -216,20 +237,28 @@ class WeightSink:
     def add_clipped(self, total: Tensor, factors: Tensor) -> None:
         """Add sum_i round(factors[i] row_i) to ``total`` [p * d] int64; factors [B, L] float64."""
         factor = factors[:, self.group : self.group + 1].contiguous()
-        if self._rows is not None:
+        if self._weights is not None:
+            if self._sum is not None:
+                total.add_((self._sum.double().reshape(-1) * GRID).add_(0.5).floor_().to(torch.int64))
+        elif self._rows is not None:
             self._workshop.add(total, self._rows, factor)
         elif self._tokens is not None:
-            for ids, vectors in self._tokens:
-                _add_tokens(total.view(self.height, self.width), ids, vectors, factor, self._workshop.at_once)
+            ids, vectors = self._tokens
+            _add_tokens(total.view(self.height, self.width), ids, vectors, factor, self._workshop.at_once)
         elif self._uses:
             with full_precision():
                 for samples, part, rows in self._made():
                     self._workshop.add(total[part.start * self.width : part.stop * self.width], rows, factor[samples])
         self.close()
 
+    def weigh(self, weights: Tensor) -> None:
+        """A second backward comes, of samples weighed by ``weights`` [B]; what the first one left is forgotten."""
+        self._weights, self._rows, self._tokens, self._squares = weights, None, None, None
+        self._uses.clear()
+
     def close(self) -> None:
         """Forget everything; backwards that come later add nothing."""
-        self._open, self._rows, self._tokens = False, None, None
+        self._open, self._rows, self._tokens, self._sum = False, None, None, None
         self._uses.clear()
 
 

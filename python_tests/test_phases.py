@@ -32,10 +32,18 @@ def plain_training(rates: tuple[float, float], steps: tuple[int, int]) -> dict[s
     return values(model)
 
 
+@pytest.mark.filterwarnings("ignore:clipped_sum='second_backward'")
+@pytest.mark.parametrize("way", ["book_keeping", "second_backward"])
 @pytest.mark.parametrize("norm", ["mixed", "ghost", "instantiate"])
-def test_each_phase_is_plain_training_of_its_part(norm: str) -> None:
+def test_each_phase_is_plain_training_of_its_part(norm: str, way: str) -> None:
     phases = [dpk.Phase("full", epochs=2, lr=0.05), dpk.Phase("biases", epochs=3, lr=0.2)]
-    run = private(phases, optimizer=lambda ps, lr: optim.SGD(ps, lr=lr, momentum=0.9), bound=50.0, per_sample_norm=norm)
+    run = private(
+        phases,
+        optimizer=lambda ps, lr: optim.SGD(ps, lr=lr, momentum=0.9),
+        bound=50.0,
+        per_sample_norm=norm,
+        clipped_sum=way,
+    )
     epochs(run, 2)
     run.engine.next_phase()
     epochs(run, 3)
@@ -194,6 +202,11 @@ def test_what_a_phase_trains(train: Any, names: tuple[str, ...]) -> None:
     assert moved == list(names)
     run.engine.next_phase()
     assert names_of(run.model) == list(BIASES)
+
+
+def test_a_second_backward_clips_every_phase_flat() -> None:
+    with pytest.raises(dpk.EngineError, match="clips flat only"):
+        private([dpk.Phase("5.*", epochs=1), TWO[0]], clipping="per_layer", clipped_sum="second_backward")
 
 
 class Tied(nn.Module):

@@ -46,7 +46,7 @@ class MultiheadAttentionLayer(OneByOneLayer):
         axes = {id(tensor): axis for tensor, axis in zip(given, call.inputs, strict=True)}
         own = 0 if self.batch_first else 1
         if query.dim() != 3 or any(axes[id(tensor)] != own for tensor in (query, key, value)):
-            if self.__dict__.get("sinks"):
+            if self.__dict__.get("weight_sinks"):
                 raise BatchLayoutError(
                     f"layer {self.layer_name!r}: its samples are not where batch_first={self.batch_first} says, so "
                     "that it is run one sample at a time, and its weights are too large for rows: "
@@ -141,7 +141,7 @@ class MultiheadAttentionLayer(OneByOneLayer):
 
     def told(self, output: Tensor, x: Tensor, name: str, first: int) -> Tensor:
         """output [T, N, p] of x [T, N, d], whose gradient also gives the weight's rows from ``first`` on."""
-        sink, rows = self.__dict__.get("sinks", {}).get(name), self.leaves.get(name)
+        sink, rows = self.__dict__.get("weight_sinks", {}).get(name), self.leaves.get(name)
         if sink is None and rows is None:
             return output
         batch = self.open_batch()

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 STATE = (
     *("trained", "backend", "layer_name", "memory", "still", "in_phases"),
     *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before"),
-    *("arrangement", "leaves", "calls", "tried", "written", "sinks"),
+    *("arrangement", "leaves", "calls", "tried", "written", "weight_sinks"),
+    *("same_for_all", "trial_copies"),
 )
 _KEPT = STATE[:6]
 
@@ -120,7 +121,7 @@ class BiasLayer(ConvertedLayer):
 
     def drop_leaves(self) -> None:
         """Forget the leaves: no batch is open."""
-        for name in ("bias_rows", "weight_rows", "sinks"):
+        for name in ("bias_rows", "weight_rows", "weight_sinks"):
             self.__dict__.pop(name, None)
 
     def has_leaves(self) -> bool:
@@ -131,11 +132,11 @@ class BiasLayer(ConvertedLayer):
         for rows in (self.bias_rows, self.weight_rows):
             if rows is not None:
                 return rows.shape[0]
-        return next((sink.batch for sink in self.__dict__.get("sinks", {}).values()), None)
+        return next((sink.batch for sink in self.__dict__.get("weight_sinks", {}).values()), None)
 
     def set_sink(self, name: str, sink: WeightSink) -> None:
         """Take the sink of the open batch for the parameter of this name, one of ``sinkable``."""
-        self.__dict__.setdefault("sinks", {})[name] = sink
+        self.__dict__.setdefault("weight_sinks", {})[name] = sink
 
     def plain_bias(self) -> Tensor | None:
         """The bias as the operation sees it: cut from autograd where the tap delivers its gradient."""
@@ -164,7 +165,7 @@ class BiasLayer(ConvertedLayer):
         self.check_rows(output)
         batch = self.open_batch()
         make = partial(make, kind=self.kind, batch=batch)
-        sink = self.__dict__.get("sinks", {}).get("weight")
+        sink = self.__dict__.get("weight_sinks", {}).get("weight")
         if sink is not None:
             return tell(output, inputs, sink, make, self.layer_name)
         height = self.trained_parameter("weight").shape[0]  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ from .._validate import BatchLayoutError
 from ..arrangement import by_sample
 from ..weight_uses import Lookup
 from .base import BiasLayer, LayerKind, register
+from .spread import Copies
 
 
 class EmbeddingLayer(BiasLayer):
@@ -22,11 +23,17 @@ class EmbeddingLayer(BiasLayer):
     """
 
     sinkable = frozenset({"weight"})
+    same_for_all = False  # whether its tokens are the same for all samples: positions, [1, T] or [T]
+    trial_copies: Copies | None = None
 
     def forward(self, input: Tensor) -> Any:
+        if self.trial_copies is not None:
+            return self.trial_copies.of(_of_one(super().forward(input)))
         if not self.private_weight:
             return super().forward(input)
         m: Any = self
+        if self.same_for_all and self.recording():
+            input = input.reshape(1, input.shape[-1]).expand(self.open_batch() or 0, -1)
         try:
             output = F.embedding(input, self.plain_weight(), m.padding_idx)
         except IndexError as error:
@@ -34,6 +41,11 @@ class EmbeddingLayer(BiasLayer):
                 f"layer {self.layer_name!r}: a token number lies outside of 0 to {m.num_embeddings - 1}"
             ) from error
         return self.weighed(output, input, partial(_use, padding=m.padding_idx))
+
+
+def _of_one(output: Tensor) -> Tensor:
+    """[T, d] or [1, T, d] as [1, T, d]."""
+    return output.reshape(1, *output.shape[-2:])
 
 
 def _use(grad: Tensor, inputs: Tensor, kind: str | None, batch: int, padding: int | None) -> Lookup:

@@ -194,7 +194,7 @@ class OneByOneLayer(BiasLayer):
 
     def drop_leaves(self) -> None:
         self.__dict__.pop("leaves", None)
-        self.__dict__.pop("sinks", None)
+        self.__dict__.pop("weight_sinks", None)
 
     def trained_parameter(self, name: str) -> nn.Parameter | None:
         owner, _, own = name.rpartition(".")

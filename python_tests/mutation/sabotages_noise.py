@@ -17,8 +17,8 @@ NOISE = (
     Sabotage(
         "noise is halved",
         "session.py",
-        "STREAM_NOISE, 0, noise_std, scale)",
-        "STREAM_NOISE, 0, noise_std / 2, scale)",
+        "*arguments, first, noise_std, scale)",
+        "*arguments, first, noise_std / 2, scale)",
         (CANARY,),
     ),
     Sabotage(
@@ -80,15 +80,15 @@ NOISE = (
     Sabotage(
         "noise is that of one layer's bound",
         "session.py",
-        "STREAM_NOISE, 0, noise_std, scale)",
-        "STREAM_NOISE, 0, noise_std * ledger.plan.bounds[0] / ledger.plan.sensitivity, scale)",
+        "*arguments, first, noise_std, scale)",
+        "*arguments, first, noise_std * ledger.plan.bounds[0] / ledger.plan.sensitivity, scale)",
         (f"{AUDIT}::test_every_way_to_clip_and_reduce_shows_the_same",),
     ),
     Sabotage(
         "noise is three percent short",
         "session.py",
-        "STREAM_NOISE, 0, noise_std, scale)",
-        "STREAM_NOISE, 0, noise_std * 0.97, scale)",
+        "*arguments, first, noise_std, scale)",
+        "*arguments, first, noise_std * 0.97, scale)",
         (CANARY,),
     ),
     Sabotage(

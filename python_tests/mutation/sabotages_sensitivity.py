@@ -87,7 +87,7 @@ SENSITIVITY = (
     Sabotage(
         "create_graph empties the ledger",
         "functional.py",
-        "        if ctx.shape is None:\n            _refuse_graph()\n",
+        "        if ctx.shape is None:\n            refuse_graph_of_rows()\n",
         "",
         (f"{ENGINE}::test_create_graph_refused",),
         also=(("_backward.py", "    if torch.is_grad_enabled():\n        raise", "    if False:\n        raise"),),

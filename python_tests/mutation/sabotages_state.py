@@ -100,7 +100,7 @@ STATE = (
     Sabotage(
         "a checkpoint holds the unreleased sum",
         "attached.py",
-        '        if session.draw is not None or session.ledger.dirty:\n            raise EngineError(f"{what}',
+        '        if session.draw is not None or session.dirty:\n            raise EngineError(f"{what}',
         '        if False:\n            raise EngineError(f"{what}',
         (f"{RESUME}::test_no_checkpoint_in_the_middle_of_a_draw",),
     ),
