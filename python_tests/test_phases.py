@@ -32,17 +32,14 @@ def plain_training(rates: tuple[float, float], steps: tuple[int, int]) -> dict[s
     return values(model)
 
 
-@pytest.mark.filterwarnings("ignore:clipped_sum='second_backward'")
-@pytest.mark.parametrize("way", ["book_keeping", "second_backward"])
 @pytest.mark.parametrize("norm", ["mixed", "ghost", "instantiate"])
-def test_each_phase_is_plain_training_of_its_part(norm: str, way: str) -> None:
+def test_each_phase_is_plain_training_of_its_part(norm: str) -> None:
     phases = [dpk.Phase("full", epochs=2, lr=0.05), dpk.Phase("biases", epochs=3, lr=0.2)]
     run = private(
         phases,
         optimizer=lambda ps, lr: optim.SGD(ps, lr=lr, momentum=0.9),
         bound=50.0,
         per_sample_norm=norm,
-        clipped_sum=way,
     )
     epochs(run, 2)
     run.engine.next_phase()
