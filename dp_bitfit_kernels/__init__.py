@@ -9,7 +9,7 @@ from . import _extension
 
 _extension.load()
 
-from . import clipping
+from . import clipping, presets
 from ._validate import (
     AccountingError,
     BackendError,
@@ -59,6 +59,7 @@ __all__ = [
     "convert_model",
     "load_biases",
     "memory_report",
+    "presets",
     "restore_model",
     "save_biases",
 ]

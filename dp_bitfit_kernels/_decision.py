@@ -5,18 +5,21 @@ from __future__ import annotations
 import collections
 import dataclasses
 import warnings
+from collections.abc import Collection
 
 from torch import nn
 
 from . import layers
-from ._hosts import Hosts, below, inside, relative
+from ._foreign import PUT_ASIDE, integer_weights, put_aside
+from ._hosts import Hosts, below, inside, relative, within
 from ._selection import BiasRule, ModuleRule
 from ._signal import NO_SIGNAL, Part
-from ._survey import Site, Slot, Usage
+from ._survey import Site, Slot, Usage, classes_of
 from ._validate import ConversionError, UnsupportedModuleError
 from .layers.one_by_one import ONE_BY_ONE, OneByOneLayer
 from .report import ConversionReport
 
+_LISTED = 8  # weights that an error names
 NEVER_CALLED = "never called on sample_batch: it would only receive noise"
 
 
@@ -55,13 +58,26 @@ class Wish:
     silent: dict[int, Part]
 
 
-def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Module, str]) -> Plan:
-    """What to do to each; ``unfit``: layers whose rows were found not to be samples, and why."""
+def decide(
+    sites: list[Site],
+    tensors: list[Slot],
+    wish: Wish,
+    unfit: dict[nn.Module, str],
+    uncopied: Collection[nn.Module] = (),
+) -> Plan:
+    """What to do to each; ``unfit``: layers whose rows were found not to be samples, and why; ``uncopied``: modules to
+    which copies of what samples share cannot be given."""
     used, silent = wish.used, wish.silent
     _check_statistics(sites)
-    head = {id(site) for site in sites if any(wish.whole.covers(name) for name in site.names)}
-    no_layer = {id(module) for module in unfit}
+    covered = wish.whole.covered(classes_of(sites))
+    head = {id(site) for site in sites if not covered.isdisjoint(site.names)}
+    _refuse_integers([site for site in sites if id(site) in head])
+    _refuse_half_of_a_tie(tensors, head, wish.biases)
+    aside = put_aside(sites, tensors)
+    no_layer = {id(module) for module in (*unfit, *uncopied)}
     hosts = Hosts(sites, unfit, None if used is None else used.called)
+
+    givers = _givers_below(sites, used, no_layer)
 
     reasons: dict[int, str] = {}  # index of the tensor -> why it is frozen
     wanted: dict[int, list[tuple[Site, str]]] = {}  # index of the tensor -> the owners that give its gradient
@@ -69,6 +85,8 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
     for index, tensor in enumerate(tensors):
         in_head = any(id(site) in head for site, _ in tensor.owners)
         reason = None if in_head else wish.biases.reason(tensor.names, tensor.not_bias)
+        if reason is None and id(tensor.parameter) in aside:
+            reason = PUT_ASIDE
         if reason is None and used is not None and not used.uses(tensor):
             reason = NEVER_CALLED
         part = None if in_head else silent.get(id(tensor.parameter))
@@ -76,6 +94,10 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
             reason = NO_SIGNAL
         if reason is not None:
             reasons[index] = reason
+            continue
+        giver = next((site for site, part in givers if all(within(name, part) for name in tensor.names)), None)
+        if giver is not None:
+            wanted[index] = [(giver, relative(tensor.names[0], giver))]
             continue
         wanted[index] = [
             (site, own)
@@ -104,6 +126,53 @@ def decide(sites: list[Site], tensors: list[Slot], wish: Wish, unfit: dict[nn.Mo
         if part is not None and not any(id(site) in head for site, _ in tensors[index].owners):
             plan.keep_still(tensors[index], owners, part)
     return plan
+
+
+def _givers_below(sites: list[Site], used: Usage | None, no_layer: set[int]) -> list[tuple[Site, str]]:
+    """Modules that give the parameters of a part below them, and the part's name."""
+    found = []
+    for site in sites:
+        part = None if site.kind is None or site.obstacle else site.kind.gives_below(site.module)
+        called = used is None or id(site.module) in used.called
+        if part is not None and called and id(site.module) not in no_layer and len(site.names) == 1:
+            found.append((site, f"{site.names[0]}.{part}" if site.names[0] else part))
+    return found
+
+
+def _refuse_integers(whole: list[Site]) -> None:
+    """Raises UnsupportedModuleError naming quantised weights in modules that are to be trained whole."""
+    found = [(site.names[0], own, what) for site in whole for own, what in integer_weights(site.module)]
+    if found:
+        left_out = ", ".join(f'"!{name}"' for name in dict.fromkeys(name for name, _, _ in found[:_LISTED]))
+        more = f"\n  ... and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        raise UnsupportedModuleError(
+            "train_modules asks for quantised weights; integer weights have no gradient:\n"
+            + _itemised([(f"{name}.{own}" if name else own, what) for name, own, what in found[:_LISTED]])
+            + f"{more}"
+            "\ntrain what lies over them, biases and LoRA (presets.lora_and_bitfit()), or leave these modules out: "
+            f"train_modules=(..., {left_out}{', ...' if more else ''})"
+        )
+
+
+def _refuse_half_of_a_tie(tensors: list[Slot], head: set[int], biases: BiasRule) -> None:
+    """Raises ConversionError for weights of modules trained whole that belong to other modules, too.
+
+    A pattern of `biases` that spells the weight out asks for it wherever it is. Biases are trained wherever they are.
+    """
+    for tensor in tensors:
+        if not tensor.not_bias or biases.reason(tensor.names, tensor.not_bias) is None:
+            continue
+        inside, outside = (
+            [(site.names[0], own) for site, own in tensor.owners if (id(site) in head) is trained]
+            for trained in (True, False)
+        )
+        if inside and outside:
+            mine, theirs = (f"{name}.{own}" if name else own for name, own in (inside[0], outside[0]))
+            others = ", ".join(repr(name or "*") for name, _ in outside)
+            raise ConversionError(
+                f"train_modules trains {mine!r}, which is tied to {theirs!r} of a module that it leaves frozen: they "
+                f"are one tensor. Name both modules in train_modules, ({inside[0][0]!r}, {others}), or neither"
+            )
 
 
 def _warn_of_names(tensor: Slot, host: Site) -> None:

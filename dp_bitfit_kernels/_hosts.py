@@ -85,14 +85,15 @@ def inside(site: Site, host: Site) -> bool:
 
 def below(name: str, host: Site) -> bool:
     """Whether a module or parameter of this name lies at or below the host."""
-    return any(_below(name, outer) for outer in host.names)
+    return any(within(name, outer) for outer in host.names)
 
 
-def _below(name: str, outer: str) -> bool:
+def within(name: str, outer: str) -> bool:
+    """Whether a name is the outer one or lies below it."""
     return not outer or name == outer or name.startswith(outer + ".")
 
 
 def relative(name: str, host: Site) -> str:
     """A parameter's name as the host knows it."""
-    outer = next(outer for outer in host.names if _below(name, outer))
+    outer = next(outer for outer in host.names if within(name, outer))
     return name[len(outer) + 1 :] if outer else name

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -18,6 +18,9 @@ LOGIT = "logit scalar, not a bias"
 ROUTER = "router correction that no gradient trains, not a bias"
 OMITTED = "not matched by biases"
 EXCLUDED = "excluded by biases"
+
+CLASS = "class:"  # in front of a pattern of train_modules that is one of class names
+ALTERNATIVE = "|"
 
 _BIAS = re.compile(r"bias|.*_bias|bias_.*")
 # Added to attention logits or indexed by position, hence no bias of features (Swin, LeViT, XLNet, Transformer-XL, ...).
@@ -97,20 +100,33 @@ class BiasRule:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleRule:
-    """The `train_modules` argument."""
+    """The `train_modules` argument: patterns that select and patterns that exclude, with all that lies below."""
 
-    patterns: tuple[str, ...]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
 
-    def covers(self, name: str) -> bool:
-        """True if the module, or one that contains it, is matched."""
-        parts = name.split(".")
-        above = [".".join(parts[:length]) for length in range(len(parts) + 1)]
-        return any(_any_match(self.patterns, [prefix]) for prefix in above)
+    def covered(self, classes: Mapping[str, type[nn.Module]]) -> set[str]:
+        """Names of the modules that are trained whole; ``classes``: of all modules, those around a module first."""
+        covered: set[str] = set()
+        left: set[str] = set()
+        for name, cls in classes.items():
+            around = name.rpartition(".")[0] if name else None
+            if around in left or any(_selects(pattern, name, cls) for pattern in self.exclude):
+                left.add(name)
+            elif around in covered or any(_selects(pattern, name, cls) for pattern in self.include):
+                covered.add(name)
+        return covered
 
-    def check(self, names: Sequence[str]) -> None:
-        for pattern in self.patterns:
-            if not _any_match([pattern], names):
-                raise ConversionError(f"train_modules: {pattern!r} matches no module{_near(pattern, names)}")
+    def check(self, classes: Mapping[str, type[nn.Module]]) -> None:
+        """Refuse a pattern that does nothing, with the names that come near it."""
+        for pattern in (*self.include, *self.exclude):
+            if not any(_selects(pattern, name, cls) for name, cls in classes.items()):
+                near = list(classes)
+                if pattern.startswith(CLASS):
+                    near = sorted({name for cls in classes.values() for name in _class_names(cls)})
+                spelled = pattern if pattern in self.include else f"!{pattern}"
+                what = pattern.removeprefix(CLASS)
+                raise ConversionError(f"train_modules: {spelled!r} matches no module{_near(what, near)}")
 
 
 def bias_rule(biases: str | Sequence[str]) -> BiasRule:
@@ -125,7 +141,23 @@ def bias_rule(biases: str | Sequence[str]) -> BiasRule:
 
 
 def module_rule(train_modules: str | Sequence[str]) -> ModuleRule:
-    return ModuleRule(_patterns("train_modules", train_modules))
+    patterns = _patterns("train_modules", train_modules)
+    if any("" in pattern.removeprefix("!").removeprefix(CLASS).split(ALTERNATIVE) for pattern in patterns):
+        raise ConversionError(f"train_modules holds an empty pattern: {patterns!r}")
+    include = tuple(pattern for pattern in patterns if not pattern.startswith("!"))
+    exclude = tuple(pattern[1:] for pattern in patterns if pattern.startswith("!"))
+    return ModuleRule(include or ("*",) if patterns else (), exclude)
+
+
+def _selects(pattern: str, name: str, cls: type[nn.Module]) -> bool:
+    """Whether one of the pattern's alternatives matches the module's name, or its class or a base of it."""
+    names = _class_names(cls) if pattern.startswith(CLASS) else [name]
+    return _any_match(pattern.removeprefix(CLASS).split(ALTERNATIVE), names)
+
+
+def _class_names(cls: type[nn.Module]) -> list[str]:
+    """Of the class and its bases; not of what all modules are."""
+    return [cls.__name__, *(base.__name__ for base in cls.__mro__[1:] if base not in nn.Module.__mro__)]
 
 
 def fnmatch_all(pattern: str, names: Iterable[str]) -> list[str]:

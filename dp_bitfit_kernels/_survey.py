@@ -102,6 +102,12 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Slot]]:
     return list(sites.values()), list(tensors.values())
 
 
+def classes_of(sites: list[Site]) -> dict[str, type[nn.Module]]:
+    """Name -> class of every module, under all names; those around a module come first."""
+    named = {name: type(site.module) for site in sites for name in site.names}
+    return dict(sorted(named.items(), key=lambda item: item[0].count(".") + bool(item[0])))
+
+
 def _obstacle(module: nn.Module, kind: layers.LayerKind | None, functional: bool) -> str:
     if _is_global(module):
         return "one object of transformers that all models share"

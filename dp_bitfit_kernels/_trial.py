@@ -115,7 +115,7 @@ class Trial:
             if isinstance(layer, OneByOneLayer)
             else layer.register_forward_hook(look, with_kwargs=True)
             for layer in self.layers
-            if layer.trained
+            if layer.trained and layer.holds_samples
         ]
         handles += [
             layer.register_forward_pre_hook(look_before, with_kwargs=True)

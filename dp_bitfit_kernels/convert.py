@@ -17,10 +17,11 @@ from . import _missing, layers, layout
 from ._decision import Plan, Wish, decide
 from ._selection import bias_rule, module_rule
 from ._signal import without_signal
-from ._survey import Site, Slot, arguments, evaluate, survey, undisturbed, usage
+from ._survey import Site, Slot, arguments, classes_of, evaluate, survey, undisturbed, usage
 from ._validate import BatchLayoutError, ConversionError
 from .evidence import INSTEAD
 from .layers.one_by_one import OneByOneLayer
+from .layers.spread import SpreadLayer
 from .report import NOT_A_BIAS, ConversionReport
 
 _BACKENDS = ("auto", "reference", "native", "triton")
@@ -65,8 +66,12 @@ def convert_model(
         `bias_*` that is added to features. Relative-position tables, logit scalars and weights are selected only by a
         pattern that ends in the parameter's own name spelled out (`"*.relative_position_bias_table"`; not `"*"`). A
         pattern that matches nothing is an error.
-    train_modules: fnmatch patterns of module names. What they match is trained whole, all below it included; this
-        overrides exclusions in `biases`.
+    train_modules: fnmatch patterns of module names, or, behind "class:", of the names of a module's class and of the
+        classes it derives from: ("*.lora_*", "class:GroupNorm|LayerNorm"), where "|" stands between alternatives. What
+        they match is trained whole, all below it included; this overrides exclusions in `biases`. A leading "!" leaves
+        out again what is matched, and all below it; only exclusions means all but these. A weight that is tied to one
+        of another module needs both modules named; integer weights, of quantised models, are refused. Ready-made
+        choices are in `dpk.presets`.
     add_missing_biases: give Linear, convolution and LayerNorm layers that have no bias one of zeros, so that outputs
         stay what they were; all of them, or those that `biases` selects. Patterns may then name modules
         ("*.v_proj"). Not the layer that turns states into words. The biases stay with `restore_model`.
@@ -93,7 +98,7 @@ def convert_model(
     if lacking:
         chosen = chosen.widened(names, modules)
     chosen.check(names, biased)
-    whole.check(modules)
+    whole.check(classes_of(sites))
     added: list[Site] = []
     try:
         if lacking:
@@ -174,13 +179,16 @@ def _settle(
 ) -> Plan:
     """Swap the layers in; again, with the modules around them, for those whose rows are not samples of the batch."""
     unfit: dict[nn.Module, str] = {}  # and why
+    uncopied: set[nn.Module] = set()  # copies of what samples share do not serve in them
     while True:
-        plan = decide(sites, tensors, wish, unfit)
+        plan = decide(sites, tensors, wish, unfit, uncopied)
         _swap(plan, backend, wish.memory)
         more = {} if wish.used is None else _unheld(model, sample_batch, plan)
         if not more:
             return plan
-        unfit.update(more)
+        spread = {site.module for site, kind, _ in plan.swap if issubclass(kind.mixin, SpreadLayer)}
+        uncopied |= spread & more.keys()
+        unfit.update({module: why for module, why in more.items() if module not in spread})
 
 
 def _unheld(model: nn.Module, sample_batch: Any, plan: Plan) -> dict[nn.Module, str]:

@@ -24,8 +24,7 @@ from .layers.one_by_one import Call, OneByOneLayer
 
 TOLERANCE = 1e-6  # of the largest part
 INSTEAD = (
-    "Leave its bias frozen, or convert the model with sample_batch=, which runs the module around it one sample at a "
-    "time"
+    "Leave it frozen, or convert the model with sample_batch=, which runs the module around it one sample at a time"
 )
 
 

@@ -76,7 +76,11 @@ class ConversionReport:
             lines += ["", "modules with a bias that sample_batch never called", *_listed(list(self.never_called))]
         if self.one_by_one:
             listed = _listed([f"{name or 'the model itself'} ({kind})" for name, kind in self.one_by_one.items()])
-            lines += ["", "run one sample at a time, which is slow: no rule covers the use of their biases", *listed]
+            lines += [
+                "",
+                "run one sample at a time, which is slow: no rule covers the use of their parameters",
+                *listed,
+            ]
         if self.tied:
             lines += ["", "tied", *_listed([f"{alias} is {name}" for alias, name in self.tied.items()])]
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.layers.items()))

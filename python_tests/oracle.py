@@ -13,13 +13,13 @@ import dp_bitfit_kernels as dpk
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A float64 copy without conversion, in evaluation mode where a BatchNorm would use its batch."""
+    """A float64 copy without conversion, in evaluation mode where a norm would use its batch or move its statistics."""
     twin = copy.deepcopy(model)
     if any(isinstance(m, dpk.layers.BiasLayer) for m in twin.modules()):
         twin = dpk.restore_model(twin)
     twin = twin.double()
     for module in twin.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._NormBase):
             module.eval()
     return twin
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import activation, added, attention, conv, embedding, linear, norm, pool
+from . import activation, added, attention, conv, embedding, linear, norm, pool, prompts
 from .base import (
     BiasLayer,
     ConvertedLayer,
@@ -30,6 +30,7 @@ __all__ = [
     "lookup",
     "norm",
     "pool",
+    "prompts",
     "register",
     "register_lazy",
     "restore_layer",

@@ -54,6 +54,7 @@ class ConvertedLayer(nn.Module):
     converted_from: type[nn.Module]
     mixin: type[ConvertedLayer]
     keeps_name = False  # whether the made class has the name of the module's: some classes are known by it
+    stands_for: tuple[str, ...] = ("forward",)  # methods of the module's class that the mixin has on purpose
     keeps_little = False  # whether the lean form keeps next to nothing, rather than one tensor
 
     @property
@@ -110,6 +111,7 @@ class BiasLayer(ConvertedLayer):
     arrangement: Arrangement = PLAIN
 
     channels_first = False
+    holds_samples = True  # whether its output does, so that the proof of the layout asks where
 
     def trained_parameter(self, name: str) -> nn.Parameter | None:
         """The parameter of this name, one of ``trained``; None where it is no longer one."""
@@ -287,6 +289,7 @@ class LayerKind:
         freezes_statistics: running statistics are used as they are, in training too.
         keeps_less: in which settings of ``memory`` it is swapped though nothing of it is trained.
         methods: methods that the mixin's forward relies on; a subclass that overrides one is not of this kind.
+        gives_below: names the part of an instance below it whose parameters it gives, if any.
         problem: says why an instance cannot be converted, or returns None.
     """
 
@@ -298,6 +301,7 @@ class LayerKind:
     freezes_statistics: bool = False
     keeps_less: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("forward",)
+    gives_below: Callable[[nn.Module], str | None] = lambda module: None
     problem: Callable[[nn.Module], str | None] = lambda module: None
 
 
@@ -366,7 +370,7 @@ def shadowed(module: nn.Module, mixin: type[ConvertedLayer]) -> list[str]:
     theirs = {name for part in parts for name in part.keys()}  # noqa: SIM118  a scripted module's is no dict
     theirs |= {name for cls in type(module).__mro__ if cls not in nn.Module.__mro__ for name in vars(cls)}
     shared = {name for name in (ours | set(STATE)) & theirs if not name.startswith("__")}
-    return sorted(shared - {"forward", "_abc_impl"})
+    return sorted(shared - {*mixin.stands_for, "_abc_impl"})
 
 
 def restore_layer(module: nn.Module) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from .._nested import form, map_tensors, strangers, tensors_in
 from .._validate import BatchLayoutError
 from ..arrangement import Arrangement
 from ..functional import SpreadFunction, apply
-from .base import BiasLayer, LayerKind
-from .standing_in import Places, standing_in
+from .base import LayerKind
+from .below import LayerWithBelow
+from .standing_in import standing_in
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,19 @@ class EscapedError(RuntimeError):
     """A module kept a tensor that exists under vmap only."""
 
 
-class OneByOneLayer(BiasLayer):
+class OneByOneLayer(LayerWithBelow):
     """Mixin in front of any class.
 
     Attributes:
-        trained: names, relative to this module, of the parameters that it gives per-sample gradients of.
-        leaves: name -> leaf [B, p] of the open batch.
         calls: ways of calling it that the proof of the layout saw.
     """
 
     keeps_name = True
-    leaves: Mapping[str, Tensor] = MappingProxyType({})
     calls: tuple[Call, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.attachment is None or not self.recording():
-            return super().forward(*args, **kwargs)
+            return self.whole(*args, **kwargs)
         call = self.call_of((args, kwargs))
         batch = next(iter(self.leaves.values())).shape[0]
         copies = {
@@ -164,7 +161,7 @@ class OneByOneLayer(BiasLayer):
         """The class's own forward with these tensors in the places of parameters."""
         args, kwargs = arguments
         with standing_in([(self.places(name), tensor) for name, tensor in own.items()]):
-            return super().forward(*args, **kwargs)
+            return self.whole(*args, **kwargs)
 
     def checked(self, whole: Any, call: Call, batch: int) -> Any:
         for tensor, axis, k in zip(tensors_in(whole), call.outputs, call.output_folds, strict=True):
@@ -182,28 +179,15 @@ class OneByOneLayer(BiasLayer):
         return proven.holds((size, 1), batch, shapes)
 
     def whole(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own forward, of the batch."""
-        return super().forward(*args, **kwargs)
-
-    def open_batch(self) -> int | None:
-        own: dict[str, Tensor] = self.__dict__.get("leaves", {})
-        return next((leaf.shape[0] for leaf in own.values()), super().open_batch())
-
-    def set_leaf(self, name: str, leaf: Tensor) -> None:
-        self.__dict__.setdefault("leaves", {})[name] = leaf
-
-    def drop_leaves(self) -> None:
-        self.__dict__.pop("leaves", None)
-        self.__dict__.pop("weight_sinks", None)
-
-    def trained_parameter(self, name: str) -> nn.Parameter | None:
-        owner, _, own = name.rpartition(".")
-        return self.get_submodule(owner)._parameters.get(own)
-
-    def places(self, name: str) -> Places:
-        """Every place below this module that holds the parameter."""
-        parameter = self.trained_parameter(name)
-        return [(m, own) for m in self.modules() for own, held in m._parameters.items() if held is parameter]
+        """The class's own forward; of BatchNorm and its kin as in evaluation, since statistics of a private batch are
+        neither taken nor kept."""
+        if not (self.training and isinstance(self, nn.modules.batchnorm._NormBase)):
+            return super().forward(*args, **kwargs)
+        try:
+            self.training = False
+            return super().forward(*args, **kwargs)
+        finally:
+            self.training = True
 
     def call_of(self, arguments: Any) -> Call:
         for what in strangers(arguments):

@@ -72,13 +72,13 @@ class OwnForwardChannelsLayer(OwnForwardLayer):
 
 
 def _like(shape: tuple[int, ...], module: nn.Module, generator: torch.Generator) -> Tensor:
-    weight: Any = next(iter(module.parameters()))
+    weight = next(p for p in module.parameters() if p.is_floating_point())
     return torch.randn(shape, generator=generator).to(device=weight.device, dtype=weight.dtype)
 
 
 def _inputs(module: Any) -> list[tuple[int, ...]]:
     """Shapes of inputs that the base class would take."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or _is_like_linear(module):
         return [(2, 3, module.in_features)]
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         sizes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
@@ -91,6 +91,11 @@ def _inputs(module: Any) -> list[tuple[int, ...]]:
     return []
 
 
+def _is_like_linear(module: Any) -> bool:
+    """Linear layers that are none of torch's, as those over quantised weights."""
+    return isinstance(getattr(module, "in_features", None), int) and not module._modules
+
+
 def find(module: nn.Module) -> LayerKind | None:
     """The kind of a module whose class has a forward of its own; None where its bias is not simply added."""
     bias = module._parameters.get("bias")
@@ -101,11 +106,12 @@ def find(module: nn.Module) -> LayerKind | None:
     if bias.device.type == "meta":  # values are needed: a small copy with some
         module = copy.deepcopy(module).to_empty(device="cpu")
         for parameter in module.parameters():
-            nn.init.normal_(parameter, generator=generator)
+            if parameter.is_floating_point():
+                nn.init.normal_(parameter, generator=generator)
         bias = module._parameters["bias"]
         assert bias is not None
     for shape in shapes:
-        first = (not isinstance(module, nn.Linear) and len(shape) != 3) or isinstance(module, nn.Conv1d)
+        first = len(shape) != 3 or isinstance(module, nn.Conv1d)
         if _is_added(module, bias, _like(shape, module, generator), 1 if first else -1, generator):
             mixin = OwnForwardChannelsLayer if first else OwnForwardLayer
             return LayerKind(

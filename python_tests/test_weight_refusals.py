@@ -1,0 +1,230 @@
+"""Trained weights, and what is refused: each by an error that names it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attach import attach, flat
+from torch import Tensor, nn
+from weight_cases import CASES, Sequence, Tied, Twice
+
+import dp_bitfit_kernels as dpk
+from dp_bitfit_kernels import entries
+
+
+@pytest.fixture(autouse=True)
+def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "LARGEST_ROWS", 0)
+
+
+def trained(model: nn.Module, x: Tensor, **options: object):  # type: ignore[no-untyped-def]
+    dpk.convert_model(model, train_modules=("*",))
+    return attach(model, x, torch.arange(len(x)) % 3, **options)
+
+
+TOKENS = torch.tensor([[0, 1, 2], [3, 4, 5]])
+
+
+def embedding(**options: object) -> nn.Module:
+    return Sequence(nn.Linear(4, 4), 4, nn.Embedding(6, 4, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name, value", [("per_sample_norm", "ghosts"), ("clipped_sum", "third_backward")])
+def test_unknown_options(name, value):
+    with pytest.raises(dpk.EngineError, match=f"{name}='{value}': choose"):
+        trained(Twice(), torch.randn(2, 3, 6), **{name: value})
+
+
+@pytest.mark.parametrize("wrong", [6, -1])
+def test_token_numbers_out_of_range(wrong):
+    engine, model, optimizer, _ = trained(embedding(), TOKENS)
+    before = flat(model)
+    with pytest.raises(dpk.BatchLayoutError, match=r"outside of 0 to 5|fails on"), engine.batch(2):
+        model(TOKENS.clone().index_fill(1, torch.tensor([0]), wrong))
+    assert torch.equal(flat(model), before)
+    with engine.batch(2):  # and goes on
+        F.cross_entropy(model(TOKENS), torch.tensor([0, 1])).backward()
+        assert optimizer.step()
+
+
+def test_embeddings_that_count_the_batch_are_not_given_to_the_rule_of_embeddings():
+    model = embedding(scale_grad_by_freq=True)
+    try:
+        dpk.convert_model(model, train_modules=("*",))
+    except dpk.UnsupportedModuleError as error:
+        assert "source.weight" in str(error)
+    else:
+        assert dpk.conversion_report(model).one_by_one == {"source": "Embedding"}
+
+
+def test_embeddings_with_max_norm_are_refused():
+    with pytest.raises(dpk.UnsupportedModuleError, match="max_norm"):
+        dpk.convert_model(embedding(max_norm=1.0), train_modules=("*",))
+
+
+def test_sparse_embeddings_are_trained_like_others():
+    torch.manual_seed(0)
+    releases = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        engine, model, optimizer, _ = trained(embedding(sparse=sparse), TOKENS)
+        before = flat(model)
+        with engine.batch(2):
+            F.cross_entropy(model(TOKENS), torch.tensor([0, 1])).backward()
+            optimizer.step()
+        releases.append(before - flat(model))
+    assert releases[0].any() and torch.equal(*releases)
+
+
+def test_a_weight_trained_in_one_module_and_frozen_in_its_twin():
+    with pytest.raises(dpk.UnsupportedModuleError, match=r"embed.weight|out.weight"):
+        dpk.convert_model(Tied(), biases=(), train_modules=("out",))
+    dpk.convert_model(Tied(), biases=(), train_modules=("out", "embed"))
+
+
+def test_second_backward_wants_an_output_for_each_sample():
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Twice()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.cross_entropy(self.inner(x), torch.arange(len(x)) % 3, reduction="sum")
+
+    with pytest.warns(UserWarning, match="not bounded"):
+        engine, model, _, _ = trained(Loss(), torch.randn(2, 3, 6), clipped_sum="second_backward")
+    with pytest.raises(dpk.BatchLayoutError, match="take the loss outside"), engine.batch(2):
+        model(torch.randn(2, 3, 6))
+
+
+def test_second_backward_is_refused_where_its_sensitivity_is_relied_on():
+    x = torch.randn(4, 3, 6)
+    with pytest.raises(dpk.EngineError, match="flat only"):
+        trained(Twice(), x, clipped_sum="second_backward", clipping="per_layer")
+    with pytest.raises(dpk.EngineError, match="not proven"):
+        trained(
+            Twice(),
+            x,
+            engine=dpk.PrivacyEngine(secure_mode=True),
+            max_physical_batch_size=2,
+            clipped_sum="second_backward",
+        )
+    with pytest.warns(UserWarning, match="not bounded"):
+        engine, *_ = trained(Twice(), x, clipped_sum="second_backward")
+    assert "not bounded" in engine.privacy_statement()["sensitivity"]
+    engine, *_ = trained(Twice(), x)
+    assert engine.privacy_statement()["sensitivity"] == "proven"
+
+
+def _watch(out: Tensor, kept: list[Tensor]) -> None:
+    if out.requires_grad:
+        out.register_hook(kept.append)
+
+
+def test_a_gradient_changed_after_the_backward():
+    """Who keeps an output's gradient and writes into it changes what the sum will be made of."""
+    engine, model, optimizer, _ = trained(
+        CASES["linear of tokens"].model(), torch.randn(2, 40, 6), per_sample_norm="ghost"
+    )
+    kept = []
+    model.body.register_forward_hook(lambda module, args, out: _watch(out, kept))
+    before = flat(model)
+    with engine.batch(2):
+        F.cross_entropy(model(torch.randn(2, 40, 6)), torch.tensor([0, 1])).backward()
+        kept[-1].mul_(0.0)
+        with pytest.raises(dpk.EngineError, match="changed in place after the backward"):
+            optimizer.step()
+    assert torch.equal(flat(model), before)
+
+
+def test_an_input_changed_before_the_backward():
+    engine, model, _, _ = trained(CASES["linear of tokens"].model(), torch.randn(2, 40, 6))
+    seen = []
+    model.body.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with engine.batch(2):
+        loss = F.cross_entropy(model(torch.randn(2, 40, 6)), torch.tensor([0, 1]))
+        seen[-1].add_(1.0)
+        with pytest.raises((dpk.EngineError, RuntimeError), match=r"in ?place"):
+            loss.backward()
+
+
+def test_graphs_of_gradients_are_refused():
+    engine, model, _, _ = trained(CASES["conv2d"].model(), CASES["conv2d"].batch(2))
+    with engine.batch(2), pytest.raises(dpk.EngineError, match="create_graph"):
+        F.cross_entropy(model(CASES["conv2d"].batch(2)), torch.tensor([0, 1])).backward(create_graph=True)
+
+
+def test_compiled_models_are_told_what_to_do():
+    engine, model, _, _ = trained(CASES["linear of tokens"].model(), torch.randn(2, 40, 6))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with engine.batch(2), pytest.raises(Exception, match="per_sample_norm='instantiate'"):
+        compiled(torch.randn(2, 40, 6))
+    torch._dynamo.reset()
+
+
+def test_compiled_linear_layers_have_rows_where_these_are_asked_for():
+    x, y = torch.randn(2, 40, 6), torch.tensor([0, 1])
+    releases = []
+    for compiled in (False, True):
+        model = CASES["linear of tokens"].model()
+        engine, model, optimizer, _ = trained(model, x, per_sample_norm="instantiate")
+        before = flat(model)
+        call = torch.compile(model, backend="aot_eager") if compiled else model
+        with engine.batch(2):
+            F.cross_entropy(call(x), y).backward()
+            optimizer.step()
+        releases.append(before - flat(model))
+    torch._dynamo.reset()
+    torch.testing.assert_close(*releases, rtol=1e-5, atol=1e-6)
+
+
+def test_captured_steps(graphs):
+    """What a graph repeats of sinks is what eager steps do."""
+    case, releases = CASES["tied"], []
+    x, y = case.batch(4), torch.tensor([0, 1, 2, 0])
+    for captured in (False, True):
+        engine, model, optimizer, _ = trained(case.model(), x)
+
+        def loss(x: Tensor, y: Tensor, model: nn.Module = model) -> Tensor:
+            return F.cross_entropy(model(x), y)
+
+        run = dpk.capture_step(optimizer, loss) if captured else None
+        for turn in range(6):
+            with engine.batch(4):
+                own = x.roll(turn, 0)
+                if run is not None:
+                    run(own, y)
+                else:
+                    loss(own, y).backward()
+                    optimizer.step()
+        releases.append(flat(model))
+    assert graphs.captures > 0
+    torch.testing.assert_close(*releases, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mean", "swap", "repeat"])
+def test_what_samples_share_is_proven_to_reach_each_by_itself(kind):
+    """A table that is averaged over copies, or handed to the next sample: outputs are right, gradients would not be."""
+
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Parameter(torch.randn(1, 3, 6)), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:  # [B, 3, 6]
+            table = self.table
+            if kind == "mean":
+                table = table.mean(0, keepdim=True)
+            elif kind == "swap":
+                table = table.expand(len(x), -1, -1).flip(0) if len(table) > 1 else table
+            else:
+                table = table.repeat(len(x), 1, 1)
+            return self.head((x + table).mean(1))
+
+    engine, model, _, _ = trained(Shares(), torch.randn(4, 3, 6))
+    with pytest.raises(dpk.BatchLayoutError, match=r"copies|share|fails on"), engine.batch(4):
+        model(torch.randn(4, 3, 6))
+    # Where it is seen before, the module is run one sample at a time.
+    other = dpk.convert_model(Shares(), train_modules=("*",), sample_batch=torch.randn(4, 3, 6))
+    assert dpk.conversion_report(other).one_by_one == {"": "Shares"}
