@@ -30,6 +30,7 @@ from .checkpoint import load_biases, save_biases
 from .convert import conversion_report, convert_model, restore_model
 from .engine import PrivacyEngine
 from .memory_report import MemoryReport, memory_report
+from .phases import Phase
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "ModelCheck",
     "OpError",
     "OptimizerError",
+    "Phase",
     "PrivacyEngine",
     "SamplingError",
     "UnsupportedModuleError",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -81,10 +82,10 @@ def check_delta(delta: float, size: int | None) -> None:
 
 
 def check_fit(
-    path: str, data: dict[str, Any], entries: Sequence[Entry], optimizer: str, objects: Iterable[str]
+    path: str, data: dict[str, Any], parameters: Mapping[str, Tensor], optimizer: str, objects: Iterable[str]
 ) -> None:
     """Refuse a checkpoint of other parameters, of another optimizer, or without a state that is asked for."""
-    mine = {e.name: tuple(e.parameter.shape) for e in entries}
+    mine = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if {k: tuple(v.shape) for k, v in data["parameters"].items()} != mine:
         raise CheckpointError(f"{path!r} holds other parameters than this model trains; nothing was changed")
     if data.get("optimizer_class", optimizer) != optimizer:
@@ -117,7 +118,7 @@ def warn_of_weaker_noise(asked: float, saved: float) -> None:
         warnings.warn(
             f"the checkpoint's noise multiplier, {saved:.6g}, replaces the {asked:.6g} of this make_private: a target "
             "epsilon given to it does not hold",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -126,7 +127,7 @@ def warn_of_lost(releases: int) -> None:
         warnings.warn(
             f"the history holds {releases} release(s) that this checkpoint does not: they stay charged, and repeating "
             "them costs again, so that epsilon will exceed a target that this run was calibrated for",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -9,7 +9,8 @@ device, so that every replay of the release draws fresh noise.
 
 A graph repeats operations on memory and knows nothing of Python. So what it has built in is compared before each
 replay: the kind of the batch, the model's state (:class:`Fingerprint`), what the release depends on. Whatever has
-changed runs eagerly first, as a step without capture would, and is captured once it is the same again.
+changed runs eagerly first, as a step without capture would, and is captured once it is the same again. In another
+phase of a run it begins anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,12 @@ from ._nested import map_tensors, tensors_in
 from ._validate import EngineError
 from .fingerprint import Fingerprint, outline
 from .flat_update import FlatUpdate
+from .graphs import GRAPHS, Graph, Repetition
 from .optimizer import PrivateOptimizer
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
+    from .session import Session
 
 # Physical batches that run eagerly before a capture, so that libraries have set themselves up; PyTorch asks for three.
 WARM_UP = 3
@@ -45,47 +51,6 @@ _UNSTEADY = (
     "the model changes an attribute or puts another tensor in the place of a buffer in its forward, which a graph "
     "would not repeat: the captured step runs eagerly. Write to the buffer in place, or keep the number elsewhere"
 )
-
-
-class Graph(Protocol):
-    """Work of the device that was recorded once and is replayed on the same memory."""
-
-    runs_python: bool  # at each replay
-
-    def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None: ...
-
-    def replay(self) -> None: ...
-
-
-class _CudaGraph:
-    runs_python = False
-
-    def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.current_stream(stream.device)
-        stream.wait_stream(before)
-        try:
-            # thread_local: the loader's pinning thread may allocate meanwhile, which is no part of the capture.
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                work()
-        except BaseException:
-            torch.cuda.set_stream(before)  # a capture that was broken off leaves its own stream behind
-            raise
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-class _Repetition:
-    """Where a device has no graphs, the work itself, each time."""
-
-    runs_python = True
-
-    def __init__(self, work: Callable[[], None], stream: Any, pool: Any) -> None:
-        self.replay = work
-
-
-GRAPHS: dict[str, type[Graph]] = {"cuda": _CudaGraph}
 
 
 @dataclasses.dataclass
@@ -150,9 +115,8 @@ class CapturedStep:
                 "max_physical_batch_size=...)"
             )
         self.loss: Tensor | None = None
-        self._optimizer, self._session, self._ledger = optimizer, session, session.ledger
-        self._function = loss
-        self._graph: type[Graph] = GRAPHS.get(self._ledger.device.type, _Repetition)
+        self._optimizer, self._function = optimizer, loss
+        self._graph: type[Graph] = GRAPHS.get(self._ledger.device.type, Repetition)
         self._calls = 0  # that ran eagerly
         self._sizes: dict[Any, int] = {}  # physical rows of each kind of batch that ran eagerly
         self._closed = False
@@ -163,8 +127,16 @@ class CapturedStep:
         self._release: Graph | None = None
         self._built_in: tuple[Any, ...] | None = None  # into the release
         self._last: tuple[Any, ...] | None = None  # what the last release depended on
-        self._released = torch.zeros(self._ledger.width, device=self._ledger.device)  # [P]
+        self._released: Tensor | None = None  # [P], where a captured release leaves it
         self._renew()
+
+    @property
+    def _session(self) -> Session:
+        return self._optimizer.session
+
+    @property
+    def _ledger(self) -> Ledger:
+        return self._session.ledger
 
     def _renew(self) -> None:
         device = self._ledger.device
@@ -234,7 +206,7 @@ class CapturedStep:
     def drop_graphs(self) -> None:
         """Forget what was captured; the next calls capture anew."""
         self._accumulations.clear()
-        self._release = self._built_in = None
+        self._release = self._built_in = self._released = None
         if self._ledger.holder is self:
             self._ledger.hold(None)
             if self._ledger.batch is not None:  # the batch that is open then goes on eagerly
@@ -324,7 +296,7 @@ class CapturedStep:
             if not _unchanged(self._last, present):
                 self._optimizer.apply(self._session.noisy_sum(), flat)
                 self._last = self._present(inside)
-                self._release = self._built_in = None
+                self._release = self._built_in = self._released = None
                 return
             self._capture_release(inside)
         elif inside is not None:
@@ -333,12 +305,15 @@ class CapturedStep:
         self._release.replay()
         self._optimizer.note_step()
         if inside is None:
+            assert self._released is not None
             self._optimizer.apply(self._released, flat)
         else:
             inside.note_versions()
 
     def _capture_release(self, inside: FlatUpdate | None) -> None:
         step = weakref.proxy(self)
+        if inside is None:
+            self._released = torch.zeros(self._ledger.width, device=self._ledger.device)
 
         def release() -> None:
             noisy = step._session.noisy_sum()

@@ -50,7 +50,8 @@ def save_biases(model: nn.Module, path: Path, *, delta: float | None = None) -> 
     """
     model = _unwrapped(model)
     report = conversion_report(model)
-    also = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    phased = _of_phases(model)
+    also = {name for name, p in model.named_parameters() if p.requires_grad or id(p) in phased}
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name not in report.trained and name not in also:
@@ -238,6 +239,12 @@ def _targets(
         listed = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise CheckpointError(f"{path}: does not fit this {type(model).__name__}: {listed}")
     return targets
+
+
+def _of_phases(model: nn.Module) -> set[int]:
+    """Identities of what any phase trains: a copy of the model has no record of it but its layers'."""
+    found = [m for m in model.modules() if isinstance(m, layers.BiasLayer)]
+    return {id(layer.trained_parameter(own)) for layer in found for own in layer.in_phases}
 
 
 def _privacy_statement(model: nn.Module, delta: float | None) -> dict[str, Any]:

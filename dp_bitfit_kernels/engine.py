@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,35 +13,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from . import backends, checkpoint
-from ._history import History
+from . import backends, checkpoint, resume
 from ._plan import (
     check_delta,
-    check_fit,
     check_noise_multiplier,
     groups,
-    json_number,
     plan_divisor,
     plan_sampling,
     warn_of_earlier_training,
-    warn_of_lost,
-    warn_of_weaker_noise,
     whole_epochs,
 )
-from ._validate import CheckpointError, EngineError
+from ._validate import EngineError
 from .accounting import Accountant, calibrate_noise_multiplier
+from .attached import Attached
 from .clipping import ClippingMethod, resolve
 from .entries import find_entries
-from .flat_update import FlatUpdate
-from .ledger import Ledger
-from .noise import STREAM_SAMPLER, KeySource, delta_slack, epsilon_slack
+from .noise import STREAM_SAMPLER, KeySource
 from .optimizer import PrivateOptimizer, check_parameters
+from .phases import Course, Phase, total_epochs
 from .sampling import DrawCounter, PrivateDataLoader, Ticket
-from .second_backward import CLIPPED_SUMS, NOT_PROVEN, CutHook, SecondBackward
-from .session import ForwardHook, Session
+from .second_backward import CLIPPED_SUMS, NOT_PROVEN
+from .session import Session
+from .statement import statement
 from .weights import PER_SAMPLE_NORMS
-
-_FORMAT = "dp-bitfit-checkpoint"
 
 
 class PrivacyEngine:
@@ -77,15 +70,12 @@ class PrivacyEngine:
         self.secure_mode = secure_mode
         self._keys = KeySource(unsafe_deterministic_seed)
         self._draws = DrawCounter()
-        self._session: Session | None = None
-        self._optimizer: PrivateOptimizer | None = None
-        self._loader: PrivateDataLoader | None = None
-        self._hooks: list[Any] = []
+        self._attached: Attached | None = None
         self._target_delta: float | None = None
         self._public_size: int | None = None
-        self._clipping: ClippingMethod | None = None
         self._earlier = self.accountant.history.total_steps
-        self._noise_steps = 0  # drawn under this key before the running session
+        self._noise_steps = 0  # drawn under this key before the running attachment
+        self._widest = 0  # most elements of one release before it
 
     def make_private(
         self,
@@ -105,6 +95,7 @@ class PrivacyEngine:
         pad_physical_batches: bool | None = None,
         per_sample_norm: str = "mixed",
         clipped_sum: str = "book_keeping",
+        phases: Sequence[Phase] | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any] | PrivateDataLoader]:
         """Attach the engine.
 
@@ -130,6 +121,7 @@ class PrivacyEngine:
                 or ``"second_backward"``, for comparison: its sensitivity is not proven. With ``per_sample_norm`` these
                 are the methods of the literature: instantiate + book_keeping is Opacus's, ghost or mixed +
                 book_keeping is BK, + second_backward are FastGradClip, GhostClip and MixGhostClip.
+            phases: what is trained, and how, until ``next_phase`` and after; None: all that convert_model chose.
 
         Returns:
             (module, private optimizer, private loader).
@@ -137,7 +129,7 @@ class PrivacyEngine:
         Raises:
             EngineError, OptimizerError, SamplingError, ClippingError, UnsupportedModuleError: naming the argument.
         """
-        if self._session is not None:
+        if self._attached is not None:
             raise EngineError("this engine is already in use: call detach() first, or make another engine")
         if loss_reduction not in ("mean", "sum"):
             raise EngineError(f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum'")
@@ -161,20 +153,18 @@ class PrivacyEngine:
         rate, steps, public = plan_sampling(data_loader, sample_rate, poisson_sampling)
         expected = plan_divisor(data_loader, sample_rate, expected_batch_size)
 
-        entries = find_entries(module, "instantiate" if hasattr(module, "_orig_mod") else per_sample_norm)
+        norm = "instantiate" if hasattr(module, "_orig_mod") else per_sample_norm
+        course = None if phases is None else Course(phases, module, clipping, max_grad_norm, steps, norm)
+        method = resolve(clipping, max_grad_norm) if course is None else course.methods[0]
+        entries = find_entries(module, norm) if course is None else course.ever()
         check_parameters(optimizer, module, entries)
-        method = resolve(clipping, max_grad_norm)
-        backend = backends.select(entries[0].layers[0][0].backend, entries[0].parameter.device)
-        plan = method.plan(groups(entries))
         loader: DataLoader[Any] | PrivateDataLoader = data_loader
 
         def on_ticket(ticket: Ticket) -> None:
-            if self._session is not session:  # it samples at another rate than the running session charges
-                raise EngineError("this private loader belongs to a detached engine: use that of the last make_private")
-            session.on_ticket(ticket)
+            attached.on_ticket(ticket)
 
         if poisson_sampling:
-            loader = self._loader = PrivateDataLoader(
+            loader = PrivateDataLoader(
                 data_loader,
                 sample_rate=rate,
                 steps_per_epoch=steps,
@@ -185,41 +175,43 @@ class PrivacyEngine:
                 draw_counter=self._draws,
             )
         warn_of_earlier_training(entries, optimizer, self._earlier)
-        if twice and len(plan.bounds) > 1:
+        most = len(method.plan(groups(entries)).bounds) if course is None else course.most_groups
+        if twice and most > 1:
             raise EngineError("a second backward weighs whole samples: clipped_sum='second_backward' clips flat only")
         if twice:
             warnings.warn(NOT_PROVEN, stacklevel=2)
-        ledger = Ledger(module, entries, plan, backend, per_sample_norm, twice)
-        ledger.privacy_statement = self.privacy_statement
-        session = self._session = Session(
+        attached = self._attached = Attached(
             module,
-            ledger,
-            self._keys,
-            self.accountant,
-            noise_multiplier=float(noise_multiplier),
-            sample_rate=rate,
-            expected_batch_size=expected,
-            mean_reduction=loss_reduction == "mean",
-            loss_scale=loss_scale,
-            poisson_sampling=poisson_sampling,
-            padded=bool(pad) and poisson_sampling,
-            secure_mode=self.secure_mode,
-            again=SecondBackward() if twice else None,
+            optimizer,
+            entries,
+            method,
+            course,
+            keys=self._keys,
+            accountant=self.accountant,
+            statement=self.privacy_statement,
+            noise_steps=self._noise_steps,
+            per_sample_norm=per_sample_norm,
+            twice=twice,
+            settings={
+                "noise_multiplier": float(noise_multiplier),
+                "sample_rate": rate,
+                "expected_batch_size": expected,
+                "mean_reduction": loss_reduction == "mean",
+                "loss_scale": loss_scale,
+                "poisson_sampling": poisson_sampling,
+                "padded": bool(pad) and poisson_sampling,
+                "secure_mode": self.secure_mode,
+            },
         )
-        session.skip_noise(self._noise_steps)
-        self._clipping, self._public_size = method, public
-        self._hooks = [module.register_forward_pre_hook(ForwardHook(session), with_kwargs=True)]
-        if twice:
-            self._hooks.append(module.register_forward_hook(CutHook(session)))
-        flat = FlatUpdate.of(optimizer, entries, module)
-        self._optimizer = PrivateOptimizer(optimizer, self._session, method.sensitivity, flat)
+        attached.loader = loader if isinstance(loader, PrivateDataLoader) else None
+        self._public_size = public
         if self._earlier:
             warnings.warn(
                 f"the history already holds {self._earlier} charged steps: get_epsilon counts them, a target epsilon "
                 "of this call covers new steps only (on resume, load_checkpoint continues them)",
                 stacklevel=2,
             )
-        return module, self._optimizer, loader
+        return module, attached.optimizer, loader
 
     def make_private_with_epsilon(
         self,
@@ -229,7 +221,8 @@ class PrivacyEngine:
         data_loader: DataLoader[Any],
         target_epsilon: float,
         target_delta: float,
-        epochs: int,
+        epochs: int | None = None,
+        phases: Sequence[Phase] | None = None,
         max_grad_norm: float,
         poisson_sampling: bool = True,
         sample_rate: float | None = None,
@@ -237,12 +230,17 @@ class PrivacyEngine:
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any] | PrivateDataLoader]:
         """As :meth:`make_private`, with noise such that ``epochs`` epochs spend at most ``target_epsilon``.
 
+        With ``phases`` in place of ``epochs``: such that all phases together do; known before anything is changed.
+
         Raises:
             AccountingError: the target cannot be met, or an argument is out of range.
         """
+        if (epochs is None) == (phases is None):
+            raise EngineError("make_private_with_epsilon takes either epochs= or phases=")
+        epochs = whole_epochs(epochs) if phases is None else total_epochs(phases)
         rate, per_epoch, public = plan_sampling(data_loader, sample_rate, poisson_sampling)
         check_delta(target_delta, public)
-        steps = whole_epochs(epochs) * per_epoch
+        steps = epochs * per_epoch
         sigma = calibrate_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
@@ -258,20 +256,43 @@ class PrivacyEngine:
             max_grad_norm=max_grad_norm,
             poisson_sampling=poisson_sampling,
             sample_rate=sample_rate,
+            phases=phases,
             **options,
         )
-        self._running.planned_releases = steps
+        self._attachment.plan(steps)
         self._target_delta = target_delta
         return private
+
+    @property
+    def phase(self) -> int | None:
+        """Number of the running phase; None where there are none."""
+        course = None if self._attached is None else self._attached.course
+        return None if course is None else course.index
+
+    def next_phase(self) -> None:
+        """Go on with the next of ``phases``: the same model, optimizer and loader, other trained parameters.
+
+        The optimizer's state of what stays trained is kept, all else of the phase before is freed. Before the planned
+        epochs are over it only spends less. A scheduler that computes rates from the first ones (LambdaLR, OneCycleLR)
+        goes on from those: build one for each phase.
+
+        Raises:
+            EngineError: no phase is left, or in the middle of a draw. The running phase then goes on.
+        """
+        self._attachment.next_phase()
 
     def __copy__(self) -> PrivacyEngine:
         return copy.deepcopy(self)  # never shares a key; refused while a model is attached
 
     @property
-    def _running(self) -> Session:
-        if self._session is None:
+    def _attachment(self) -> Attached:
+        if self._attached is None:
             raise EngineError("the engine is not attached: call make_private first")
-        return self._session
+        return self._attached
+
+    @property
+    def _session(self) -> Session:
+        return self._attachment.session
 
     def _sampler_words(self, draw: int, first: int, count: int) -> Tensor:
         """64-bit words of draw number ``draw``, from a stream of their own. -> [count] int64 on the CPU."""
@@ -285,11 +306,11 @@ class PrivacyEngine:
 
         Several forwards inside add to the same rows, so they must be of the same samples in the same order.
         """
-        self._running.declare(size)
+        self._session.declare(size)
         try:
             yield
         finally:
-            self._running.undeclare()
+            self._session.undeclare()
 
     def get_epsilon(self, delta: float) -> float:
         """Epsilon spent so far, add-or-remove-one, at ``delta``; inf where noise was 0 or the seed was given.
@@ -302,56 +323,23 @@ class PrivacyEngine:
 
     def privacy_statement(self, delta: float | None = None) -> dict[str, Any]:
         """What may be published about this run: plain values, JSON-ready."""
-        session, delta = self._running, delta if delta is not None else self._target_delta
-        assert self._clipping is not None
-        epsilon = None if delta is None else self.get_epsilon(delta)
-        return {
-            "private": True,
-            "mechanism": "DP-SGD, Gaussian, rounded to an integer grid",
-            "sampling": "Poisson" if session.poisson_sampling else "none: every step at sample rate 1",
-            "adjacency": "add or remove one record",
-            "epsilon": None if epsilon is None else json_number(epsilon),
-            "delta": delta,
-            "numerical_slack": self._slack(epsilon),
-            "accountant": self.accountant.kind,
-            "clipping": self._clipping.name,
-            "max_grad_norm": self._clipping.sensitivity,
-            "sensitivity": "proven" if session.again is None else NOT_PROVEN,
-            "expected_batch_size": session.expected_batch_size,
-            "public_dataset_size": self._public_size,
-            "secure_mode": self.secure_mode,
-            "unsafe_deterministic_seed": self._keys.deterministic,
-            "history": self.accountant.history.to_list(),
-        }
-
-    def _slack(self, epsilon: float | None) -> dict[str, float] | None:
-        """What float64 noise of 64-bit words may add to epsilon and delta: ``noise.delta_slack``'s bound."""
-        steps = self.accountant.history.total_steps
-        if epsilon is None or not math.isfinite(epsilon) or not steps:
-            return None
-        sigma = max(s.noise_multiplier for s in self.accountant.history.segments)
-        width = self._running.ledger.width
-        return {"epsilon": epsilon_slack(sigma, width, steps), "delta": delta_slack(sigma, width, steps, epsilon)}
+        attached, delta = self._attachment, delta if delta is not None else self._target_delta
+        return statement(
+            attached,
+            self.accountant,
+            epsilon=None if delta is None else self.get_epsilon(delta),
+            delta=delta,
+            width=max(self._widest, attached.widest),
+            public_size=self._public_size,
+            deterministic=self._keys.deterministic,
+        )
 
     def detach(self) -> None:
-        """Give the model back to plain training; the accountant keeps its history."""
-        session = self._running
-        if session.dirty or session.draw is not None:
-            warnings.warn("detach() drops a draw that was not released", stacklevel=2)
-        for hook in self._hooks:
-            hook.remove()
-        session.end()
-        if self._optimizer is not None:
-            self._optimizer.detach()
-        self._noise_steps = session.noise_steps
-        self._session = self._optimizer = self._loader = None
-        self._earlier = self.accountant.history.total_steps
-
-    def _between_draws(self, what: str) -> Session:
-        session = self._running
-        if session.draw is not None or session.dirty:
-            raise EngineError(f"{what} in the middle of a draw: call it after optimizer.step() returned True")
-        return session
+        """Give the model back to plain training, of all that it trained before; the accountant keeps its history."""
+        attached = self._attachment
+        attached.end()
+        self._noise_steps, self._widest = attached.session.noise_steps, max(self._widest, attached.widest)
+        self._attached, self._earlier = None, self.accountant.history.total_steps
 
     def save_checkpoint(self, path: str, **objects: Any) -> None:
         """Save what a resumed run needs: trained parameters, optimizer, counters, history; never a key or a row.
@@ -363,24 +351,10 @@ class PrivacyEngine:
         Raises:
             EngineError: in the middle of a draw, whose unreleased sum may not be saved.
         """
-        session = self._between_draws("save_checkpoint")
-        assert self._optimizer is not None
-        extra = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
-        checkpoint.write_checkpoint(
-            path,
-            {
-                "format": _FORMAT,
-                "parameters": {e.name: e.parameter.detach().cpu() for e in session.ledger.entries},
-                "optimizer": self._optimizer.state_dict(),
-                "optimizer_class": type(self._optimizer.original_optimizer).__name__,
-                "history": self.accountant.history.to_list(),
-                "noise_steps": session.noise_steps,
-                "noise_multiplier": session.noise_multiplier,
-                "draws": self._draws.value,
-                "releases": session.releases,
-                "objects": extra,
-            },
-        )
+        attached = self._attachment
+        attached.between_draws("save_checkpoint")
+        payload = resume.contents(attached, self.accountant.history, self._draws, objects)
+        checkpoint.write_checkpoint(path, payload)
 
     def load_checkpoint(self, path: str, **objects: Any) -> dict[str, Any]:
         """Resume: call after the same make_private as before. The key is fresh; counters and history go on.
@@ -390,38 +364,13 @@ class PrivacyEngine:
 
         Returns:
             ``{"releases": ..., "epoch": ..., and the saved plain values}``. The private loader's next epoch has
-            only the draws that are left of the interrupted one.
+            only the draws that are left of the interrupted one. With phases also ``"phase"``, which runs from here on,
+            and the epoch is counted within it.
 
         Raises:
-            CheckpointError: damaged or foreign; nothing was changed.
+            CheckpointError: damaged, foreign or of other phases; nothing was changed.
             EngineError: in the middle of a draw.
         """
-        session = self._between_draws("load_checkpoint")
-        assert self._optimizer is not None
-        data = checkpoint.read_checkpoint(path)
-        if data.get("format") != _FORMAT:
-            raise CheckpointError(f"{path!r} is not a checkpoint of a PrivacyEngine")
-        entries, original = session.ledger.entries, self._optimizer.original_optimizer
-        check_fit(path, data, entries, type(original).__name__, objects)
-        history = History.from_list(data["history"])
-        try:
-            original.load_state_dict(data["optimizer"])
-        except ValueError as error:  # raised before it changes anything
-            raise CheckpointError(f"{path!r} does not fit the optimizer ({error}); nothing was changed") from error
-        for entry in entries:
-            entry.parameter.data.copy_(data["parameters"][entry.name])
-        self.accountant.history.merge(history.segments)
-        self._draws.advance_to(data["draws"])
-        session.continue_from(data["noise_steps"], data["releases"])
-        asked = session.noise_multiplier
-        session.set_noise_multiplier(data["noise_multiplier"])
-        for name, target in objects.items():
-            target.load_state_dict(data["objects"][name])
-        per_epoch = len(self._loader) if self._loader is not None else 0
-        result = {k: v for k, v in data["objects"].items() if k not in objects}
-        result["releases"] = data["releases"]
-        if per_epoch and self._loader is not None:
-            result["epoch"], self._loader.skip_draws = divmod(data["releases"], per_epoch)
-        warn_of_lost(self.accountant.history.total_steps - history.total_steps)
-        warn_of_weaker_noise(asked, session.noise_multiplier)
-        return result
+        attached = self._attachment
+        attached.between_draws("load_checkpoint")
+        return resume.load(path, attached, self.accountant.history, self._draws, objects)

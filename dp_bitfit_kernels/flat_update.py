@@ -176,7 +176,9 @@ class FlatUpdate:
                 for key, value in state.items():
                     if isinstance(value, Tensor):
                         state[key] = value.clone()
-        self._views = None
+        self._views, self._state, self._spread, self._shown, self._seen = None, defaultdict(dict), [], [], []
+        for run in self._runs:
+            run.values.data = run.values.data[:0].clone()  # a captured step may still hold this update
 
     @property
     def capturable(self) -> bool:

@@ -347,6 +347,13 @@ class Ledger:
         slab.contributions.clear()
         self.close()
 
+    def free(self) -> None:
+        """Give the memory of the rows and of the sum back for good, whoever still holds a graph with a leaf of them."""
+        self._slab = None
+        self._storage.untyped_storage().resize_(0)  # a leaf's value is never read
+        self._storage = self.total = torch.empty(0, device=self.device)
+        self._sums.clear()
+
     def discard(self) -> None:
         """Drop the rows of the open batch and the sum of the draw; nothing of them was released."""
         self.close()

@@ -107,7 +107,7 @@ class PrivateOptimizer(Optimizer):
 
     @property
     def max_grad_norm(self) -> float:
-        """R, fixed since make_private: the accounting and the grid stand on it."""
+        """R, fixed since make_private or the last change of phases: the accounting and the grid stand on it."""
         return self._max_grad_norm
 
     @property
@@ -197,6 +197,23 @@ class PrivateOptimizer(Optimizer):
         if self._flat is not None:
             self._flat.give_up()
             self._flat = None
+
+    def go_on_with(self, session: Session, max_grad_norm: float) -> None:
+        """Step on another session of the same model from now on; an error leaves all but the flat update as it was.
+
+        The state of what it trains is kept, that of what it does not is dropped.
+        """
+        self.detach()
+        entries, state = session.ledger.entries, self.original_optimizer.state
+        kept = {id(entry.parameter) for entry in entries}
+        own = {id(parameter) for parameter in session.model.parameters()}
+        dropped = {p: state.pop(p) for p in list(state) if id(p) in own and id(p) not in kept}
+        try:
+            flat = FlatUpdate.of(self.original_optimizer, entries, session.model)
+        except BaseException:
+            self.original_optimizer.state.update(dropped)
+            raise
+        self._session, self._flat, self._max_grad_norm = session, flat, max_grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the per-sample gradients of the open physical batch that no step has used."""

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +24,6 @@ from .sampling import Ticket
 from .second_backward import SecondBackward
 
 _EVALUATION = "for evaluation use torch.no_grad()"
-
-
-class ForwardHook:
-    """Tells the session of each forward of the model; a copy or pickle of the model is not private and does nothing."""
-
-    def __init__(self, session: Session | None):
-        self._session = ref(session) if session is not None else None
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        session = self._session() if self._session is not None else None
-        if session is not None:
-            session.before_forward(args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardHook, (None,)
 
 
 class Session:
@@ -78,6 +62,7 @@ class Session:
         self.ended = False  # by detach()
         self.releases = 0
         self.planned_releases: int | None = None
+        self.phase_plan: tuple[str, int] | None = None  # name of the phase, releases planned in it
         self.ticket: Ticket | None = None  # of the open batch
         self.draw: int | None = None  # whose earlier parts are in the integer total
         self._next_part = 0
@@ -115,17 +100,7 @@ class Session:
             raise EngineError("a batch was backpropagated but not stepped: call optimizer.step() after every batch")
         other_draw = self.draw is not None and self.draw != ticket.draw
         if self.ticket is not None or other_draw or ticket.part > (self._next_part if self.draw is not None else 0):
-            if self.secure_mode:
-                self.abandon()
-                raise EngineError(
-                    "a drawn batch was left without a step, which secure_mode refuses: leaving out batches by a rule "
-                    "that looks at private data voids the guarantee. The draw was dropped; iterate the loader anew"
-                )
-            self._warn_once(
-                "skipped",
-                "a drawn batch was left without a step; nothing of it is used. Leaving out batches by a rule that "
-                "looks at private data voids the guarantee",
-            )
+            self._note_left_batch()
         if other_draw:
             self.abandon()
         if self.draw is None:
@@ -133,6 +108,25 @@ class Session:
         self.ticket = ticket
         self._declared = self._was_declared = False
         self._open(ticket.size, ticket.mask)
+
+    def _note_left_batch(self) -> None:
+        if self.secure_mode:
+            self.abandon()
+            raise EngineError(
+                "a drawn batch was left without a step, which secure_mode refuses: leaving out batches by a rule "
+                "that looks at private data voids the guarantee. The draw was dropped; iterate the loader anew"
+            )
+        self._warn_once(
+            "skipped",
+            "a drawn batch was left without a step; nothing of it is used. Leaving out batches by a rule that "
+            "looks at private data voids the guarantee",
+        )
+
+    def leave_batch(self) -> None:
+        """Go from a batch that was handed out and not used."""
+        if self.ticket is not None:
+            self._note_left_batch()
+            self.abandon()
 
     def declare(self, batch: int) -> None:
         """Open a batch of a declared size that carries no ticket, or confirm the size of the one that does."""
@@ -253,6 +247,12 @@ class Session:
         self.ledger.detach()
         self.ended = True
 
+    def revive(self) -> None:
+        """Undo ``end``, where the session that was to follow could not begin."""
+        for layer in self.ledger.layers:
+            layer.attachment = self.ledger
+        self.ended = False
+
     def drop_rows(self) -> None:
         """Forget gradients of the open batch that no step has used (zero_grad)."""
         if self.dirty:
@@ -368,6 +368,12 @@ class Session:
                 "overrun",
                 f"more than the {self.planned_releases} releases that the noise was calibrated for: epsilon exceeds "
                 "its target",
+            )
+        elif self.phase_plan is not None and self.releases > self.phase_plan[1]:
+            self._warn_once(
+                "phase",
+                f"more than the {self.phase_plan[1]} releases planned in {self.phase_plan[0]}: they are charged, and "
+                "are lost to the phases after it; engine.next_phase() begins the next",
             )
         self.draw, self._next_part = None, 0
 

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from ..weights import WeightSink
 
 # Everything that a conversion or an engine sets on an instance; removed by restore_layer. Copies and pickles take the
-# first five along.
+# first six along.
 STATE = (
-    *("trained", "backend", "layer_name", "memory", "still"),
+    *("trained", "backend", "layer_name", "memory", "still", "in_phases"),
     *("attachment", "bias_rows", "weight_rows", "ran_in", "trained_before"),
     *("arrangement", "leaves", "calls", "tried", "written", "weight_sinks"),
     *("same_for_all", "trial_copies"),
 )
-_KEPT = STATE[:5]
+_KEPT = STATE[:6]
 
 
 class ConvertedLayer(nn.Module):
@@ -98,10 +98,12 @@ class BiasLayer(ConvertedLayer):
         bias_rows, weight_rows: leaves [B, p] and [B, p * d] of the open batch, or None.
         arrangement: where its output holds the samples.
         sinkable: its parameters whose gradients it can give to a sink, without rows.
+        in_phases: names of its parameters that any phase of the run trains; empty where there are none.
     """
 
     sinkable: frozenset[str] = frozenset()
     attachment: Any = None
+    in_phases: frozenset[str] = frozenset()
     ran_in: int = -1  # number of the batch that it last ran on
     trained_before: bool = False  # by an engine that is detached
     bias_rows: Tensor | None = None

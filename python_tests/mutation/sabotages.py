@@ -10,8 +10,9 @@ from sabotages_capture import CAPTURED
 from sabotages_coverage import COVERAGE
 from sabotages_memory import MEMORY
 from sabotages_noise import NOISE
+from sabotages_phases import PHASES
 from sabotages_selection import SELECTION
 from sabotages_sensitivity import SENSITIVITY
 from sabotages_state import STATE
 
-SABOTAGES = (*SENSITIVITY, *NOISE, *STATE, *CAPTURED, *MEMORY, *COVERAGE, *SELECTION)
+SABOTAGES = (*SENSITIVITY, *NOISE, *STATE, *CAPTURED, *MEMORY, *COVERAGE, *SELECTION, *PHASES)

@@ -65,7 +65,7 @@ NOISE = (
     ),
     Sabotage(
         "a second session repeats the noise of the first",
-        "engine.py",
+        "attached.py",
         "        session.skip_noise(self._noise_steps)\n",
         "",
         (f"{RESIDUE}::test_a_second_session_of_an_engine_never_repeats_noise",),

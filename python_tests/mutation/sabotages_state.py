@@ -92,14 +92,14 @@ STATE = (
     ),
     Sabotage(
         "an older checkpoint shortens the history",
-        "engine.py",
-        "self.accountant.history.merge(history.segments)",
-        "self.accountant.history = history",
+        "resume.py",
+        "history.merge(saved.segments)",
+        "history.__dict__.update(saved.__dict__)",
         (f"{RESUME}::test_older_checkpoint_never_shortens_the_history",),
     ),
     Sabotage(
         "a checkpoint holds the unreleased sum",
-        "engine.py",
+        "attached.py",
         '        if session.draw is not None or session.dirty:\n            raise EngineError(f"{what}',
         '        if False:\n            raise EngineError(f"{what}',
         (f"{RESUME}::test_no_checkpoint_in_the_middle_of_a_draw",),
@@ -113,9 +113,9 @@ STATE = (
     ),
     Sabotage(
         "a detached loader's draws are charged at another rate",
-        "engine.py",
-        "            if self._session is not session:",
-        "            if False:",
+        "attached.py",
+        "        if self.session.ended:",
+        "        if False:",
         (f"{RESIDUE}::test_the_loader_of_a_detached_session_is_refused",),
     ),
     Sabotage(
@@ -150,8 +150,8 @@ STATE = (
     Sabotage(
         "secure mode lets batches be left out",
         "session.py",
-        "            if self.secure_mode:\n",
-        "            if False:\n",
+        "        if self.secure_mode:\n",
+        "        if False:\n",
         (f"{BAD}::test_secure_mode_lets_no_batch_be_left_out",),
     ),
     Sabotage(
