@@ -29,6 +29,14 @@ def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "experiments"))
+    for module in ("methods", "examples"):
+        sys.modules.pop(module, None)
+    return importlib.import_module("methods")
+
+
+@pytest.fixture
 def text(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return example("text_classification", monkeypatch)
 
@@ -123,6 +131,87 @@ def test_text_other_methods(text: ModuleType, text_flags: list[str], tmp_path: P
     assert (result["trained_elements"] == 34) == ("head-only" in flags)
 
 
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    # Elements: the head's 34; the encoder's biases; LoRA of two 16 x 16 weights at rank 8; everything but the pooler.
+    [("head-only", 34), ("bitfit", 34 + 160), ("lora", 34 + 512), ("lora+bitfit", 34 + 160 + 512), ("full", None)],
+)
+def test_text_methods_train_what_they_say(
+    text: ModuleType, text_flags: list[str], tmp_path: Path, method: str, trained: int | None
+) -> None:
+    if "lora" in method:
+        pytest.importorskip("peft", reason="LoRA needs peft")
+    out = tmp_path / "out"
+    flags = ["--method", method, "--epochs", "1", "--max-length", "8", "--measure-memory"]
+    result = text.main([*text_flags, *flags, "--output", str(out)])
+    if trained is None:
+        trained = sum(p.numel() for p in text.load_model(text_flags[1], 2)[0].parameters())
+    assert result["trained_elements"] == trained and result["phases"] is None
+    assert 0 < result["epsilon"] <= 8 and result["peak_bytes"] > 4 * trained and result["cpu_seconds"] > 0
+    assert json.loads((out / "result.json").read_text())["method"] == method
+
+
+def test_text_full_then_biases(text: ModuleType, text_flags: list[str], tmp_path: Path) -> None:
+    result = text.main([*text_flags, "--method", "2+bitfit", "--epochs", "3", "--output", str(tmp_path / "out")])
+    full, biases = result["phases"]
+    assert (full["epochs"], full["releases"]) == (2, 6) and (biases["epochs"], biases["releases"]) == (1, 3)
+    assert full["elements"] == result["trained_elements"] and biases["elements"] == 34 + 160
+    assert result["releases"] == 9 and 0 < result["epsilon"] <= 8
+
+
+@pytest.mark.parametrize("kill_at", [2, 3])  # evaluations: at the end of the first phase, and inside the second
+def test_text_phases_resume(text: ModuleType, text_flags: list[str], tmp_path: Path, kill_at: int) -> None:
+    flags = [*text_flags, "--method", "1+bitfit", "--epochs", "3", "--output", str(tmp_path / "out")]
+    flags += ["--checkpoint-every", "1"]
+    evaluate, calls = sys.modules["common"].accuracy_of, []
+
+    def killed(*arguments: object) -> float:
+        calls.append(1)
+        if len(calls) == kill_at:
+            raise KeyboardInterrupt
+        return float(evaluate(*arguments))
+
+    text.accuracy_of = killed
+    with contextlib.suppress(KeyboardInterrupt):
+        text.main(flags)
+    gc.collect()  # the killed engine holds a lock on its history
+    text.accuracy_of = evaluate
+    with pytest.warns(UserWarning, match="already holds"):
+        result = text.main([*flags, "--resume"])
+    assert [phase["releases"] for phase in result["phases"]] == [3, 6] and result["epsilon"] <= 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--method", "2+bitfit", "--epochs", "2"], "more epochs"),
+        (["--method", "1+bitfit", "--non-private"], "private only"),
+        (["--method", "full", "--biases", "informative"], "--biases informative"),
+        (["--method", "1+bitfit", "--biases", "informative"], "--biases informative"),
+    ],
+)
+def test_text_flags_that_do_not_go_together(
+    text: ModuleType, text_flags: list[str], tmp_path: Path, flags: list[str], match: str
+) -> None:
+    with pytest.raises(SystemExit, match=match):
+        text.main([*text_flags, *flags, "--output", str(tmp_path / "out")])
+
+
+def test_text_lora_without_peft(
+    text: ModuleType, text_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="pip install peft"):
+        text.main([*text_flags, "--method", "lora", "--output", str(tmp_path / "out")])
+
+
+def test_rates_of_groups_and_phases(text: ModuleType) -> None:
+    args = text.parse(["--train", "x", "--dev", "x", "--output", "x", "--method", "1+bitfit", "--lr", "0.01"])
+    body, head = sys.modules["common"].rate_factors(args, 2, total=30, per_epoch=10)
+    assert [body(release) / head(release) for release in (0, 9, 10, 29)] == pytest.approx([0.1, 0.1, 1, 1])
+    assert head(0) == pytest.approx(1 / 3) and head(3) == pytest.approx(0.9) and head(30) == 0
+
+
 def test_text_plain_run_learns(text: ModuleType, text_flags: list[str], tmp_path: Path) -> None:
     flags = ["--non-private", "--epochs", "20", "--lr", "0.02"]
     assert text.main([*text_flags, "--output", str(tmp_path / "out"), *flags])["accuracy"] >= 0.9
@@ -166,6 +255,17 @@ def test_image_runs(image: ModuleType, image_flags: list[str], tmp_path: Path, f
     assert result["releases"] == 2 and result["trained_elements"] == (650 if "head-only" in flags else 650 + 784)
 
 
+@pytest.mark.parametrize(("method", "epochs"), [("full", "1"), ("lora", "1"), ("1+bitfit", "2")])
+def test_image_methods(image: ModuleType, image_flags: list[str], tmp_path: Path, method: str, epochs: str) -> None:
+    if "lora" in method:
+        pytest.importorskip("peft", reason="LoRA needs peft")
+    flags = ["--method", method, "--epochs", epochs, "--measure-memory", "--max-physical-batch-size", "10"]
+    result = image.main([*image_flags, "--output", str(tmp_path / "out"), *flags])
+    total = sum(p.numel() for p in image.load_model(image_flags[3], 10).parameters())
+    assert result["trained_elements"] == total if method != "lora" else 650 < result["trained_elements"] < total
+    assert result["releases"] == 2 * int(epochs) and result["peak_bytes"] > 4 * total
+
+
 def test_image_weights_fit_the_model(image: ModuleType) -> None:
     folder = DATA / "weights_cifar100_resnet"
     if not folder.is_dir():
@@ -183,3 +283,30 @@ def test_parameters_keep_their_order(image: ModuleType) -> None:
     assert [tuple(p.shape) for p in head["params"]] == [(10, 64), (10,)]
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(a is b for a, b in zip([*biases["params"], *head["params"]], trained, strict=True))
+
+
+def test_every_run_of_the_methods_experiment_parses(methods: ModuleType, text: ModuleType, image: ModuleType) -> None:
+    names = [run.name for run in methods.runs()]
+    assert len(set(names)) == len(names) == 96 and names[0] == "sst2_head-only_eps8_0"
+    for run in methods.runs():
+        script, *flags = run.command("DATA")
+        args = {"text_classification": text, "image_classification": image}[Path(script).stem].parse(flags)
+        assert (args.method, args.epsilon, args.seed) == (run.method, run.epsilon, run.seed)
+        sys.modules["common"].check_method(args)
+
+
+def test_methods_experiment_collects_and_tabulates(
+    methods: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "ROOT", tmp_path)
+    monkeypatch.setattr(methods, "RESULTS", tmp_path / "results")
+    for seed, accuracy in ((0, 0.5), (1, 0.75)):
+        run = methods.Run("sst2", "1+bitfit", 8, seed)
+        run.folder.mkdir(parents=True)
+        assert not run.result.exists()
+        result = {"accuracy": accuracy, "cpu_seconds": 9.6, "peak_bytes": 2**21, "trained_elements": 1234}
+        result["phases"] = [{"elements": 1234}, {"elements": 56}]
+        (run.folder / "result.json").write_text(json.dumps({**result, "flags": {"train": f"{tmp_path}/data/a.tsv"}}))
+        assert run.collect(f"{tmp_path}/data") and str(tmp_path) not in run.result.read_text()
+    assert not methods.Run("sst2", "1+bitfit", 8, 2).collect(str(tmp_path))
+    assert "| 1+BiTFiT | 62.5 % | 50.0 / 75.0 | 10 | 2 | 1,234, then 56 |" in methods.table()
