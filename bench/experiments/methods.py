@@ -209,7 +209,7 @@ def plot(target: Path) -> None:
 
     panels = [(name, epsilon) for name, study in STUDIES.items() for epsilon in study.epsilons]
     panels = [panel for panel in panels if any(rows(*panel))]
-    figure, axes = plt.subplots(len(panels), 2, figsize=(9, 2.9 * len(panels) + 0.5), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(len(panels), 2, figsize=(10, 2.6 * len(panels) + 0.5), squeeze=False, sharey="row")
     for line, (name, epsilon) in zip(axes, panels, strict=True):
         for method, found in rows(name, epsilon):
             values = [100 * result["accuracy"] for result in found]
@@ -224,7 +224,9 @@ def plot(target: Path) -> None:
         line[0].set_ylabel("accuracy, %", fontsize=8)
         line[0].set_xlabel("processor seconds, one thread", fontsize=8)
         line[1].set_xlabel("peak tensor MiB of one private step", fontsize=8)
-        line[1].legend(fontsize=6.5, title="method (seeds)", title_fontsize=6.5, loc="best")
+        line[1].legend(
+            fontsize=6.5, title="method (seeds)", title_fontsize=6.5, loc="upper left", bbox_to_anchor=(1, 1)
+        )
         for axis in line:
             axis.tick_params(labelsize=7)
             axis.margins(0.12)
