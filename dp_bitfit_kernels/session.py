@@ -298,8 +298,10 @@ class Session:
         """Clip the rows of the open batch and add them to the sum of its draw."""
         batch = self.ledger.batch
         assert batch is not None
-        again = None if self.again is None else self.again.second
-        self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale, again)
+        scale = (batch if self.mean_reduction else 1.0) / self.loss_scale
+        self.ledger.absorb(scale, None if self.again is None else self.again.second)
+        if self.again is not None:
+            self.again.clear()
 
     def end_batch(self) -> bool:
         """Use up the ticket of the batch whose rows were added; True when its draw is complete."""

@@ -18,6 +18,9 @@ from torch import Tensor
 from .functional_window import Window
 
 _COPIED = {"cpu": 1 << 18}
+# Convolutions on a CPU: elements of a sample's gradient up to which the samples go through one call, and positions up
+# to which a matrix product beats a convolution.
+_SMALL, _FEW = 1 << 16, 128
 CHAIN = 512  # terms that are added in float32 before the sum goes on from the next ones: what bounds their rounding
 
 
@@ -38,6 +41,10 @@ class Use(Protocol):
     @property
     def held(self) -> int:
         """Elements a sample that are kept for as long as the use is."""
+
+    @property
+    def worth(self) -> int:
+        """How many times as many elements rows may have that are kept instead."""
 
     def rows(self, samples: slice, part: slice) -> Tensor:
         """[b, c, d] float32: rows ``part`` of the weight's gradient of each of these samples."""
@@ -88,6 +95,8 @@ class Product:
     left: Tensor
     right: Tensor
     first: int = 0
+
+    worth = 1
 
     @property
     def batch(self) -> int:
@@ -156,6 +165,8 @@ class Convolution:
     window: Window
     kernel: tuple[int, ...]
 
+    worth = 8
+
     @property
     def batch(self) -> int:
         return self.grad.shape[0]
@@ -178,11 +189,27 @@ class Convolution:
         shape = (p, input.shape[1] // groups, *self.kernel)
         if batch == 0 or grad.numel() == 0:
             return grad.new_zeros((batch, p, math.prod(shape[1:])), dtype=torch.float32)
-        # The samples as groups of one convolution: each group's weight gradient is one sample's.
-        grad = grad.reshape(1, batch * p, *grad.shape[2:])
-        input = input.reshape(1, batch * input.shape[1], *input.shape[2:])
-        made = self._weight_grad(grad, input, (batch * p, *shape[1:]), batch * groups)
-        return made.reshape(batch, p, -1)[:, part].float()
+        small = max(math.prod(shape), p * self.terms) <= _SMALL
+        if small or grad.device.type != "cpu":
+            # The samples as groups of one convolution: each group's weight gradient is one sample's.
+            grad = grad.reshape(1, batch * p, *grad.shape[2:])
+            input = input.reshape(1, batch * input.shape[1], *input.shape[2:])
+            made = self._weight_grad(grad, input, (batch * p, *shape[1:]), batch * groups)
+            return made.reshape(batch, p, -1)[:, part].float()
+        flat = groups == 1 and len(shape) == 4 and self.terms <= _FEW
+        rows = grad.new_empty((batch, p, math.prod(shape[1:])))
+        for i in range(batch):
+            one, of = grad[i : i + 1], input[i : i + 1]
+            if flat:
+                torch.mm(one.reshape(p, -1), self._unfolded(of)[0, :, : self.terms].t(), out=rows[i])
+            else:
+                rows[i] = self._weight_grad(one, of, shape, groups).view(p, -1)
+        return rows[:, part].float()
+
+    def _unfolded(self, input: Tensor) -> Tensor:
+        """input [b, c, H, W] -> [b, c k, T or more], the windows as columns."""
+        stride, padding, dilation, _ = self.window
+        return F.unfold(input, self.kernel, dilation, padding, stride)
 
     def _weight_grad(self, grad: Tensor, input: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
         stand_in = grad.new_empty(1).expand(shape)  # only its shape is read
@@ -237,6 +264,8 @@ class Folded:
     of: Convolution
     batch: int
 
+    worth = 8
+
     @property
     def windows(self) -> int:
         return self.of.batch // self.batch
@@ -274,6 +303,8 @@ class Lookup:
 
     ids: Tensor
     grad: Tensor
+
+    worth = 1
 
     @property
     def batch(self) -> int:

@@ -7,8 +7,8 @@ arXiv 2210.00038, book-keeping), and no float sum over samples: the integer sum 
 
 **Norms**, for each weight and shape the cheapest (``plan``):
 
-* ``kept``: rows are made in the backward and stay until they are summed, where they are no larger than what makes them.
-  Their norm is that of their very bits.
+* ``kept``: rows are made in the backward and stay until they are summed, where they are no larger than what makes them
+  (or, of a convolution, than 8 times that: its rows are dear). Their norm is that of their very bits.
 * ``tokens``: an embedding's rows are one vector for each token that the sample has; these are kept.
 * ``made``: rows are made twice, a few at a time, once for their norm and once for the sum.
 * ``ghost``: |G|^2 = sum_{s,t} (l_s . l_t)(r_s . r_t) (Goodfellow 2015; Li et al., arXiv 2110.05679): no row is made.
@@ -161,7 +161,7 @@ class WeightSink:
             return "kept"
         if asked == "ghost":
             return "ghost"
-        if size <= use.held or 2.0 * use.chain * 2.0**-24 * math.sqrt(terms) > _DEAR:
+        if size <= use.worth * use.held or 2.0 * use.chain * 2.0**-24 * math.sqrt(terms) > _DEAR:
             return "kept"
         return "ghost" if 4 * terms * (self.height + self.width) < size else "made"
 

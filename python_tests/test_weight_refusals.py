@@ -79,7 +79,7 @@ def test_sparse_embeddings_are_trained_like_others():
 
 
 def test_a_weight_trained_in_one_module_and_frozen_in_its_twin():
-    with pytest.raises(dpk.ConversionError, match="'out.weight', which is tied to 'embed.weight'"):
+    with pytest.raises(dpk.ConversionError, match=r"'out.weight', which is tied to 'embed.weight'"):
         dpk.convert_model(Tied(), biases=(), train_modules=("out",))
     dpk.convert_model(Tied(), biases=(), train_modules=("out", "embed"))
 

@@ -116,6 +116,23 @@ def test_a_bad_sample_changes_nothing(name, norm, total, no_rows):
     torch.testing.assert_close(releases[1], releases[0], rtol=0, atol=2e-7)
 
 
+@pytest.mark.parametrize("norm, total", METHODS)
+def test_step_after_step(norm, total, no_rows):
+    """Two steps are those of the oracle; a forward without gradients between them is nothing to it."""
+    case = CASES["conv2d"]
+    x, y = case.batch(), torch.arange(6) % 3
+    engine, model, optimizer, _ = full(case, x, 0.1, per_sample_norm=norm, clipped_sum=total)
+    for _ in range(2):
+        rows, before = rows_of(model, x, y), flat(model)
+        with engine.batch(6):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        with torch.no_grad():
+            model(x[:2])
+        got = (before - flat(model)).double() * 6
+        torch.testing.assert_close(got, oracle.clipped_sum(rows, 0.1), rtol=2e-4, atol=3e-6)
+
+
 def test_gradients_without_an_engine_are_those_of_autograd():
     for case in CASES.values():
         x, y = case.batch(), torch.arange(6) % 3
