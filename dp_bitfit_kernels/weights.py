@@ -14,17 +14,15 @@ arXiv 2210.00038, book-keeping), and no float sum over samples: the integer sum 
 * ``ghost``: |G|^2 = sum_{s,t} (l_s . l_t)(r_s . r_t) (Goodfellow 2015; Li et al., arXiv 2110.05679): no row is made.
 
 **Sensitivity** stays a bound although ``made`` and ``ghost`` rows are not those that the norm was taken of. Let
-u = 2^-24, v = 2^-53, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l_t| |r_t|, n the roundings
+u = 2^-24, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l_t| |r_t|, n the roundings
 that a product passes on its way into an element (``Use.chain``), gamma_n = n u / (1 - n u). In any order of summation:
 
 1. A computed row G' has |G'_jk - G_jk| <= gamma_n sum_t |l_tj| |r_tk|, and the matrix of these sums has norm at most M
    (the triangle inequality over t). So | |G'| - |G| | <= gamma_n M. Products below float32's normal range add at most
    T 2^-149 an element, sqrt(p d) T 2^-149 in norm.
 2. ``made``: both times the row lies so near G, so the second one's norm is at most that of the first + 2 gamma_n M.
-3. ``ghost``: Gram matrices are made of float64 copies. Each of the T^2 summands passes at most m = p + d + T^2 + 4
-   roundings, and the moduli of all the products add up to at most M^2 (Cauchy-Schwarz). So, with
-   gamma'_m = m v / (1 - m v), |N'^2 - |G|^2| <= gamma'_m M^2 and |G'| <= sqrt(N'^2 + gamma'_m M^2) + gamma_n M. (A
-   float32 Gram cancels: of opposed tokens it has been seen to understate a norm so far that 1.25 R came through.)
+3. ``ghost``: |N'^2 - |G|^2| <= e M^2, e of ``grams.gram_error``, so |G'| <= sqrt(N'^2 + e M^2) + gamma_n M. (A float32
+   Gram cancels: of opposed tokens it has been seen to understate a norm so far that 1.25 R came through.)
 
 The norm given is that upper bound, so a row enters the sum with integer norm at most ``GRID`` as any other does. M is
 computed in float64 and enlarged by 2^-40. What is assumed of the libraries: that products and sums are rounded to
@@ -45,7 +43,8 @@ from ._precision import full_precision
 from ._validate import EngineError
 from .backends import Backend
 from .clipping import GRID
-from .weight_uses import Lookup, Product, Use, gram_sum
+from .grams import gamma, gram_error, gram_floor, gram_sum
+from .weight_uses import Lookup, Product, Use
 
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
 _AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
@@ -82,11 +81,6 @@ class Workshop:
     def add(self, total: Tensor, rows: Tensor, factors: Tensor) -> None:
         """total [n] int64 += sum_i round(factors_i rows_i), rows [b, n] float32, factors [b, 1] float64."""
         self.backend.clipped_sum_(total, rows, self.offsets(rows.shape[1]), factors)
-
-
-def gamma(count: int, unit: float) -> float:
-    """n u / (1 - n u), the relative error of n roundings in a row (Higham 2002, lemma 3.1)."""
-    return count * unit / (1.0 - count * unit) if count * unit < 0.5 else math.inf
 
 
 class WeightSink:
@@ -163,7 +157,8 @@ class WeightSink:
             return "ghost"
         if size <= use.worth * use.held or 2.0 * use.chain * 2.0**-24 * math.sqrt(terms) > _DEAR:
             return "kept"
-        return "ghost" if 4 * terms * (self.height + self.width) < size else "made"
+        dear = 1.25 if not self._single_is_dear(terms) else 4.0  # what an operation on Grams costs beside one on rows
+        return "ghost" if dear * terms * (self.height + self.width) < size else "made"
 
     def _pieces(self, uses: Sequence[Use]) -> Iterator[tuple[slice, slice]]:
         """(samples, rows of the weight), so that no more than ``at_once`` elements are made at a time."""
@@ -212,27 +207,39 @@ class WeightSink:
             _, vectors = self._tokens
             return self._workshop.squares(vectors.view(self.batch, -1))
         with full_precision():
-            largest = torch.stack([use.sizes() for use in uses]).sum(0) * _INFLATED
+            sizes = [torch.stack(use.sizes()) for use in uses]
+            largest, lefts, rights = torch.stack(sizes).sum(0) * _INFLATED
             error = gamma(sum(use.chain for use in uses), 2.0**-24)
             terms = sum(use.terms for use in uses)
-            below = math.sqrt(self.height * self.width) * terms * 2.0**-149
-            first = uses[0].factors(slice(0, 1))
-            if first is not None and all(plan in ("ghost", "tokens") for plan in plans):
-                found = torch.cat([gram_sum(uses, samples, self._workshop.at_once) for samples in self._samples(terms)])
-                room = gamma(self.height + self.width + terms * terms + 4, 2.0**-53)
+            below: Any = math.sqrt(self.height * self.width) * terms * 2.0**-149
+            if uses[0].factors(slice(0, 1)) is not None and all(plan in ("ghost", "tokens") for plan in plans):
+                double = self._single_is_dear(terms)
+                found = self._grams(uses, terms, double)
+                room = gram_error(self.height, self.width, terms, double)
+                below = below + gram_floor(self.height, self.width, terms, lefts, rights)
                 norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + error * largest + below
-                norms = torch.where(found.isnan(), found, norms)
             else:
                 found = torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
                 for samples, _, rows in self._made():
                     found[samples] += self._workshop.squares(rows)
                 norms = found.sqrt() + 2.0 * (error * largest + below)
-        return norms.square()
+        squares: Tensor = norms.square()
+        return squares
 
-    def _samples(self, terms: int) -> Iterator[slice]:
+    def _single_is_dear(self, terms: int) -> bool:
+        """Whether float32 Grams would cost more than 1 % of a norm where M / |G| is sqrt(T)."""
+        return gram_error(self.height, self.width, terms, False) * terms / 2.0 > _DEAR
+
+    def _grams(self, uses: list[Use], terms: int, double: bool) -> Tensor:
+        """``gram_sum`` of all samples, a few at a time."""
         each = max(terms * terms, terms * (self.height + self.width) // 4, 1)
         step = max(1, self._workshop.at_once // each)
-        return (slice(i, min(i + step, self.batch)) for i in range(0, self.batch, step))
+        parts = []
+        for start in range(0, self.batch, step):
+            samples = slice(start, min(start + step, self.batch))
+            factors = [own for use in uses if (own := use.factors(samples)) is not None]
+            parts.append(gram_sum([own.double() if double else own for own in factors], self._workshop.at_once))
+        return torch.cat(parts)
 
     def add_clipped(self, total: Tensor, factors: Tensor) -> None:
         """Add sum_i round(factors[i] row_i) to ``total`` [p * d] int64; factors [B, L] float64."""
