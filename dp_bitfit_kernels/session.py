@@ -386,10 +386,13 @@ class Session:
         scale = ledger.plan.sensitivity / (GRID * self.expected_batch_size)
         key, noise_std = self.keys.key_tensor(ledger.device), self.noise_multiplier * GRID
         arguments = (key, self._step, STREAM_NOISE)
-        released = [
-            ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale) for first, total in ledger.sums()
-        ]
-        release = released[0] if len(released) == 1 else torch.cat(released)
+        release = torch.empty(ledger.width, dtype=torch.float32, device=ledger.device)
+        for first, total in ledger.sums():
+            noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale)
+            if len(total) == ledger.width:
+                release = noisy
+            else:
+                release[first : first + len(total)] = noisy
         ledger.forget()
         return release if self._still is None else release.masked_fill_(self._still, 0.0)
 

@@ -117,6 +117,25 @@ def test_a_bad_sample_changes_nothing(name, norm, total, no_rows):
 
 
 @pytest.mark.parametrize("norm, total", METHODS)
+@pytest.mark.parametrize("name", ["linear of tokens", "twice", "conv2d", "conv transpose 2d", "self-attention"])
+def test_a_sample_that_is_not_a_number_changes_nothing(name, norm, total, no_rows):
+    """Its activations are NaN, too, and multiply whatever gradient comes."""
+    case, releases = CASES[name], []
+    for bad in (False, True):
+        x = case.batch()
+        engine, model, optimizer, _ = full(case, x, 0.1, per_sample_norm=norm, clipped_sum=total)
+        before = flat(model)
+        with engine.batch(len(x)):
+            x[-1] = float("nan") if bad else x[-1]
+            losses = F.cross_entropy(model(x), torch.arange(len(x)) % 3, reduction="none")
+            (losses if bad else losses * torch.tensor([1.0] * 5 + [0.0])).mean().backward()
+            optimizer.step()
+        releases.append(before - flat(model))
+    assert releases[0].isfinite().all() and releases[0].any()
+    torch.testing.assert_close(releases[1], releases[0], rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("norm, total", METHODS)
 def test_step_after_step(norm, total, no_rows):
     """Two steps are those of the oracle; a forward without gradients between them is nothing to it."""
     case = CASES["conv2d"]
