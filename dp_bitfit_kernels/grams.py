@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 256
+BLOCK = 128
 
 
 def wide(x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Product:
 
     @property
     def chain(self) -> int:
-        return min(self.terms, CHAIN) + -(-self.terms // CHAIN) + 1
+        return CHAIN + -(-self.terms // CHAIN) + 1  # the same for all texts of up to CHAIN tokens
 
     @property
     def held(self) -> int:

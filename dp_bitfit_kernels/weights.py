@@ -24,10 +24,13 @@ that a product passes on its way into an element (``Use.chain``), gamma_n = n u 
 3. ``ghost``: |N'^2 - |G|^2| <= e M^2, e of ``grams.gram_error``, so |G'| <= sqrt(N'^2 + e M^2) + gamma_n M. (A float32
    Gram cancels: of opposed tokens it has been seen to understate a norm so far that 1.25 R came through.)
 
-The norm given is that upper bound, so a row enters the sum with integer norm at most ``GRID`` as any other does. M is
-computed in float64 and enlarged by 2^-40. What is assumed of the libraries: that products and sums are rounded to
-float32 or better, in any order. Lower modes (TF32, bfloat16) are switched off around them. Where, by its shape, the
-bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), rows are ``kept``.
+The norm given is sqrt(N'^2 + e M^2) + 2 gamma_n M for all of them, so a row enters the sum with integer norm at most
+``GRID`` as any other does. It is one formula, ``kept`` rows included, with one n for all texts of up to 512 tokens,
+since the plan goes by T: were the longest text of a batch to change the room that is left, it would change the factors
+of all others. M is computed in float64 of upper bounds of lengths, and enlarged by 2^-40. What is assumed of the
+libraries: that products and sums are rounded to float32 or better, in any order. Lower modes (TF32, bfloat16) are
+switched off around them. Where, by its shape, the bound would cost more than 1 % of a typical sample's norm (M / |G|
+near sqrt(T)), Grams are made in float64 (T > 2048) and rows ``kept``.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ from .weight_uses import Lookup, Product, Use
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
 _AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
 _DEAR = 0.01  # the largest part of a norm that the bound may cost
+_LONG = 2048  # terms beyond which Grams are made in float64
 _INFLATED = 1.0 + 2.0**-40
 
 
@@ -99,6 +103,8 @@ class WeightSink:
         self._rows: Tensor | None = None  # [B, p * d] float32, where they are kept
         self._uses: list[tuple[Use, tuple[int, ...]]] = []  # with the versions of their tensors
         self._tokens: tuple[Tensor, Tensor] | None = None
+        self._sizes: Tensor | None = None  # [3, B], of all uses whose sizes were taken
+        self._chain, self._terms = 0, 0
         self.calls = 0  # forwards that will come by, as far as they are known
         self._squares: Tensor | None = None  # [B], where they are taken as soon as the gradient comes
         self._weights: Tensor | None = None  # [B], in the second of two backwards
@@ -141,6 +147,7 @@ class WeightSink:
         if self._rows is not None or (not self._uses and self.plan(use) == "kept"):
             with full_precision():
                 made = use.rows(slice(0, self.batch), slice(0, self.height)).reshape(self.batch, -1)
+                self._note_sizes([use])
             self._rows = made if self._rows is None else self._rows.add_(made)
             return
         self._uses.append((use, _versions(use)))
@@ -157,7 +164,7 @@ class WeightSink:
             return "ghost"
         if size <= use.worth * use.held or 2.0 * use.chain * 2.0**-24 * math.sqrt(terms) > _DEAR:
             return "kept"
-        dear = 1.25 if not self._single_is_dear(terms) else 4.0  # what an operation on Grams costs beside one on rows
+        dear = 1.25 if terms <= _LONG else 4.0  # what an operation on Grams costs beside one on rows
         return "ghost" if dear * terms * (self.height + self.width) < size else "made"
 
     def _pieces(self, uses: Sequence[Use]) -> Iterator[tuple[slice, slice]]:
@@ -196,7 +203,7 @@ class WeightSink:
         if self._squares is not None:
             return self._squares
         if self._rows is not None:
-            return self._workshop.squares(self._rows)
+            return self._bounded(self._workshop.squares(self._rows), ())
         if not self._uses:
             return torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
         self._check()
@@ -207,38 +214,44 @@ class WeightSink:
             _, vectors = self._tokens
             return self._workshop.squares(vectors.view(self.batch, -1))
         with full_precision():
-            sizes = [torch.stack(use.sizes()) for use in uses]
-            largest, lefts, rights = torch.stack(sizes).sum(0) * _INFLATED
-            error = gamma(sum(use.chain for use in uses), 2.0**-24)
-            terms = sum(use.terms for use in uses)
-            below: Any = math.sqrt(self.height * self.width) * terms * 2.0**-149
             if uses[0].factors(slice(0, 1)) is not None and all(plan in ("ghost", "tokens") for plan in plans):
-                double = self._single_is_dear(terms)
-                found = self._grams(uses, terms, double)
-                room = gram_error(self.height, self.width, terms, double)
-                below = below + gram_floor(self.height, self.width, terms, lefts, rights)
-                norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + error * largest + below
+                found = self._grams(uses)
             else:
                 found = torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
                 for samples, _, rows in self._made():
                     found[samples] += self._workshop.squares(rows)
-                norms = found.sqrt() + 2.0 * (error * largest + below)
+            return self._bounded(found, uses)
+
+    def _bounded(self, found: Tensor, uses: Sequence[Use]) -> Tensor:
+        """Upper bounds of the squared norms of rows of these uses, of which ``found`` [B] is a computed one."""
+        self._note_sizes(uses)
+        assert self._sizes is not None
+        largest, lefts, rights = (self._sizes * _INFLATED).unbind(0)
+        error, terms = gamma(self._chain, 2.0**-24), self._terms
+        room = gram_error(self.height, self.width, terms, terms > _LONG)
+        below = gram_floor(self.height, self.width, terms, lefts, rights)
+        below = below + math.sqrt(self.height * self.width) * terms * 2.0**-149
+        norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + 2.0 * (error * largest + below)
         squares: Tensor = norms.square()
         return squares
 
-    def _single_is_dear(self, terms: int) -> bool:
-        """Whether float32 Grams would cost more than 1 % of a norm where M / |G| is sqrt(T)."""
-        return gram_error(self.height, self.width, terms, False) * terms / 2.0 > _DEAR
+    def _note_sizes(self, uses: Sequence[Use]) -> None:
+        for use in uses:
+            own = torch.stack(use.sizes())
+            self._sizes = own if self._sizes is None else self._sizes + own
+            self._chain += use.chain
+            self._terms += use.terms
 
-    def _grams(self, uses: list[Use], terms: int, double: bool) -> Tensor:
+    def _grams(self, uses: list[Use]) -> Tensor:
         """``gram_sum`` of all samples, a few at a time."""
+        terms = sum(use.terms for use in uses)
         each = max(terms * terms, terms * (self.height + self.width) // 4, 1)
         step = max(1, self._workshop.at_once // each)
         parts = []
         for start in range(0, self.batch, step):
             samples = slice(start, min(start + step, self.batch))
             factors = [own for use in uses if (own := use.factors(samples)) is not None]
-            parts.append(gram_sum([own.double() if double else own for own in factors], self._workshop.at_once))
+            parts.append(gram_sum([own.double() if terms > _LONG else own for own in factors], self._workshop.at_once))
         return torch.cat(parts)
 
     def add_clipped(self, total: Tensor, factors: Tensor) -> None:
