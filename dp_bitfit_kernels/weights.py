@@ -8,7 +8,7 @@ arXiv 2210.00038, book-keeping), and no float sum over samples: the integer sum 
 **Norms**, for each weight and shape the cheapest (``plan``):
 
 * ``kept``: rows are made in the backward and stay until they are summed, where they are no larger than what makes them
-  (or, of a convolution, than 8 times that: its rows are dear). Their norm is that of their very bits.
+  (or, of a convolution, than 8 times that: its rows are dear).
 * ``tokens``: an embedding's rows are one vector for each token that the sample has; these are kept.
 * ``made``: rows are made twice, a few at a time, once for their norm and once for the sum.
 * ``ghost``: |G|^2 = sum_{s,t} (l_s . l_t)(r_s . r_t) (Goodfellow 2015; Li et al., arXiv 2110.05679): no row is made.
@@ -25,12 +25,14 @@ that a product passes on its way into an element (``Use.chain``), gamma_n = n u 
    Gram cancels: of opposed tokens it has been seen to understate a norm so far that 1.25 R came through.)
 
 The norm given is sqrt(N'^2 + e M^2) + 2 gamma_n M for all of them, so a row enters the sum with integer norm at most
-``GRID`` as any other does. It is one formula, ``kept`` rows included, with one n for all texts of up to 512 tokens,
-since the plan goes by T: were the longest text of a batch to change the room that is left, it would change the factors
-of all others. M is computed in float64 of upper bounds of lengths, and enlarged by 2^-40. What is assumed of the
-libraries: that products and sums are rounded to float32 or better, in any order. Lower modes (TF32, bfloat16) are
-switched off around them. Where, by its shape, the bound would cost more than 1 % of a typical sample's norm (M / |G|
-near sqrt(T)), Grams are made in float64 (T > 2048) and rows ``kept``.
+``GRID`` as any other does. It is one formula, ``kept`` rows of linear layers included, with one n for all texts of up
+to 512 tokens, since the plan goes by T: were the longest text of a batch to change the room that is left, it would
+change the factors of all others. (Images of a batch have one size, which none of them decides: norms of kept rows of
+convolutions, and of rows that are kept since the bound would be dear, are those of their bits.) M is computed in
+float64 of upper bounds of lengths, and enlarged by 2^-40. Assumed of the libraries: that products and sums are rounded
+to float32 or better, in any order. Lower modes (TF32, bfloat16) are switched off around them. Where, by its shape, the
+bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), Grams are made in float64 (T > 2048)
+and rows ``kept``.
 """
 
 from __future__ import annotations
@@ -105,6 +107,7 @@ class WeightSink:
         self._tokens: tuple[Tensor, Tensor] | None = None
         self._sizes: Tensor | None = None  # [3, B], of all uses whose sizes were taken
         self._chain, self._terms = 0, 0
+        self._exact = False  # whether the norms of kept rows are given as they are
         self.calls = 0  # forwards that will come by, as far as they are known
         self._squares: Tensor | None = None  # [B], where they are taken as soon as the gradient comes
         self._weights: Tensor | None = None  # [B], in the second of two backwards
@@ -147,7 +150,9 @@ class WeightSink:
         if self._rows is not None or (not self._uses and self.plan(use) == "kept"):
             with full_precision():
                 made = use.rows(slice(0, self.batch), slice(0, self.height)).reshape(self.batch, -1)
-                self._note_sizes([use])
+                self._exact = self._exact or not isinstance(use, Product) or self._is_dear(use)
+                if not self._exact:
+                    self._note_sizes([use])
             self._rows = made if self._rows is None else self._rows.add_(made)
             return
         self._uses.append((use, _versions(use)))
@@ -162,10 +167,14 @@ class WeightSink:
             return "kept"
         if asked == "ghost":
             return "ghost"
-        if size <= use.worth * use.held or 2.0 * use.chain * 2.0**-24 * math.sqrt(terms) > _DEAR:
+        if size <= use.worth * use.held or self._is_dear(use):
             return "kept"
         dear = 1.25 if terms <= _LONG else 4.0  # what an operation on Grams costs beside one on rows
         return "ghost" if dear * terms * (self.height + self.width) < size else "made"
+
+    def _is_dear(self, use: Use) -> bool:
+        """Whether the bound costs more than 1 % of a norm where M / |G| is sqrt(T)."""
+        return 2.0 * use.chain * 2.0**-24 * math.sqrt(use.terms) > _DEAR
 
     def _pieces(self, uses: Sequence[Use]) -> Iterator[tuple[slice, slice]]:
         """(samples, rows of the weight), so that no more than ``at_once`` elements are made at a time."""
@@ -224,6 +233,8 @@ class WeightSink:
 
     def _bounded(self, found: Tensor, uses: Sequence[Use]) -> Tensor:
         """Upper bounds of the squared norms of rows of these uses, of which ``found`` [B] is a computed one."""
+        if self._exact or self._workshop.twice:  # no other rows will be made, or none that a bound could speak of
+            return found
         self._note_sizes(uses)
         assert self._sizes is not None
         largest, lefts, rights = (self._sizes * _INFLATED).unbind(0)

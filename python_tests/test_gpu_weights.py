@@ -31,13 +31,8 @@ def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows_on_the_cpu(case: WeightCase, x: Tensor, y: Tensor) -> Tensor:
     model = dpk.convert_model(case.model(), train_modules=("*",))
-    names = names_of(model)
-    return torch.cat(
-        [
-            oracle.rows(model, names, x[i : i + 1], lambda o, i=i: F.cross_entropy(o, y[i : i + 1]))
-            for i in range(len(x))
-        ]
-    )
+    loss = lambda i: lambda o: F.cross_entropy(o, y[i : i + 1])  # noqa: E731
+    return torch.cat([oracle.rows(model, names_of(model), x[i : i + 1], loss(i)) for i in range(len(x))])
 
 
 def step(case: WeightCase, **options: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,6 +54,8 @@ def step(case: WeightCase, **options: object) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("name", [name for name in CASES if name != "positions"])  # which counts on the CPU
 def test_a_step_equals_the_oracle(name: str, norm: str, total: str, tf32: bool) -> None:
     """With TF32 allowed, forward and backward are less exact; norms and sums are in float32 all the same."""
+    if name == "conv1d of transformers":
+        pytest.importorskip("transformers")
     case = CASES[name]
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
