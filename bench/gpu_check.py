@@ -40,6 +40,7 @@ def _tests(*names: str, keep: str = "") -> list[str]:
 PARTS: dict[str, tuple[int, list[str]]] = {
     "build": (90, []),
     "tests": (150, _tests("ops", "gpu_step")),
+    "weights": (120, _tests("gpu_weights")),
     "backward tests": (60, _tests("backward_ops", keep="native")),
     "kernels": (45, ["-m", "bench.bench_gpu_kernels"]),
     "backward kernels": (45, ["-m", "bench.bench_gpu_backward"]),

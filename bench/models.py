@@ -88,23 +88,28 @@ def _images(batch: int, side: int, classes: int) -> Callable[[], Batch]:
     return draw
 
 
-@_seeded
-def roberta() -> nn.Module:
-    """RoBERTa, 4 layers, hidden 256, 4 heads, sentence classification (2 classes)."""
+def roberta_of(width: int, layers: int, positions: int) -> nn.Module:
+    """RoBERTa with 4 heads and sentence classification (2 classes)."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     config = RobertaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        num_hidden_layers=4,
+        hidden_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        intermediate_size=1024,
-        max_position_embeddings=514,
+        intermediate_size=4 * width,
+        max_position_embeddings=positions,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         num_labels=2,
     )
     return RobertaForSequenceClassification(config)
+
+
+@_seeded
+def roberta() -> nn.Module:
+    """RoBERTa, 4 layers, hidden 256, 4 heads, sentence classification (2 classes)."""
+    return roberta_of(256, 4, 514)
 
 
 @_seeded

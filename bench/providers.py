@@ -99,6 +99,7 @@ def _ours(scope: str, **options: str) -> Callable[[Case, Batch, Settings], Step]
         model = dpk.convert_model(case.build(), train_modules=("*",) if scope == "full" else ())
         optimizer = settings.make([parameter for parameter in model.parameters() if parameter.requires_grad])
         engine = dpk.PrivacyEngine()
+        warnings.filterwarnings("ignore", message="clipped_sum='second_backward'")  # it is there to be compared with
         module, private, _ = engine.make_private(
             module=model,
             optimizer=optimizer,
@@ -176,6 +177,7 @@ class _quiet(AbstractContextManager[None]):
         self.logger.setLevel(self.level)
 
 
+_SECOND = {"clipped_sum": "second_backward"}
 BASELINE = "plain_bias"
 CONTROL = "control"
 OURS = "ours"
@@ -190,6 +192,15 @@ PROVIDERS = {
         Provider("opacus_hooks_bias", "Opacus hooks", "bias", True, _opacus("bias", "hooks")),
         Provider("opacus_ghost_bias", "Opacus ghost", "bias", True, _opacus("bias", "ghost")),
         Provider("ours_full", "ours, private, all weights", "full", True, _ours("full")),
+        *(
+            Provider(f"ours_{name}", f"{label}, by ours", "full", True, _ours("full", **how))
+            for name, label, how in (
+                ("instantiated", "rows kept", {"per_sample_norm": "instantiate"}),
+                ("fastgradclip", "FastGradClip", {"per_sample_norm": "instantiate", **_SECOND}),
+                ("ghostclip", "GhostClip", {"per_sample_norm": "ghost", **_SECOND}),
+                ("mixghostclip", "MixGhostClip", {"per_sample_norm": "mixed", **_SECOND}),
+            )
+        ),
         Provider("plain_full", "autograd, not private, all weights", "full", False, _plain("full")),
         Provider("opacus_hooks_full", "Opacus hooks, all weights", "full", True, _opacus("full", "hooks")),
         Provider("opacus_ghost_full", "Opacus ghost, all weights", "full", True, _opacus("full", "ghost")),

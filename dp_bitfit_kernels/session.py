@@ -298,8 +298,10 @@ class Session:
         """Clip the rows of the open batch and add them to the sum of its draw."""
         batch = self.ledger.batch
         assert batch is not None
-        again = None if self.again is None else self.again.second
-        self.ledger.absorb((batch if self.mean_reduction else 1.0) / self.loss_scale, again)
+        scale = (batch if self.mean_reduction else 1.0) / self.loss_scale
+        self.ledger.absorb(scale, None if self.again is None else self.again.second)
+        if self.again is not None:
+            self.again.clear()
 
     def end_batch(self) -> bool:
         """Use up the ticket of the batch whose rows were added; True when its draw is complete."""
@@ -384,10 +386,13 @@ class Session:
         scale = ledger.plan.sensitivity / (GRID * self.expected_batch_size)
         key, noise_std = self.keys.key_tensor(ledger.device), self.noise_multiplier * GRID
         arguments = (key, self._step, STREAM_NOISE)
-        released = [
-            ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale) for first, total in ledger.sums()
-        ]
-        release = released[0] if len(released) == 1 else torch.cat(released)
+        release = torch.empty(ledger.width, dtype=torch.float32, device=ledger.device)
+        for first, total in ledger.sums():
+            noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale)
+            if len(total) == ledger.width:
+                release = noisy
+            else:
+                release[first : first + len(total)] = noisy
         ledger.forget()
         return release if self._still is None else release.masked_fill_(self._still, 0.0)
 

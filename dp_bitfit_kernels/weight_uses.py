@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .functional_window import Window
+from .grams import Factors, wide
 
-_COPIED = {"cpu": 1 << 18}
+# Convolutions on a CPU: elements of a sample's gradient up to which the samples go through one call, and positions up
+# to which a matrix product beats a convolution.
+_SMALL, _FEW = 1 << 16, 128
 CHAIN = 512  # terms that are added in float32 before the sum goes on from the next ones: what bounds their rounding
 
 
@@ -39,41 +42,32 @@ class Use(Protocol):
     def held(self) -> int:
         """Elements a sample that are kept for as long as the use is."""
 
+    @property
+    def worth(self) -> int:
+        """How many times as many elements rows may have that are kept instead."""
+
     def rows(self, samples: slice, part: slice) -> Tensor:
         """[b, c, d] float32: rows ``part`` of the weight's gradient of each of these samples."""
 
     def add_total(self, out: Tensor, keep: Tensor) -> None:
         """Add to ``out`` [p, d] float32 the sum of the rows of the samples that ``keep`` [B] names, made in one go."""
 
-    def sizes(self) -> Tensor:
-        """[B] float64, at least M_i = sum_t |l_it| |r_it|."""
+    def sizes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over t of |l_it| |r_it|, which is M_i, of |l_it| and of |r_it|; each [B] float64."""
 
     def factors(self, samples: slice) -> Factors | None:
         """What Gram matrices are made of; None where only rows can be had."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """Of b samples: ``left`` [b, g, T, p] float64, or tokens [b, T] int64 for one-hot vectors, and ``right``
-    [b, g, T, d] float64; g groups, of which each sees its own part of the weight."""
-
-    left: Tensor
-    right: Tensor
-    first: int = 0  # row of the weight that column 0 of ``left`` belongs to
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32, or float64 where it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def lengths(x: Tensor, dim: int) -> Tensor:
-    """Euclidean norms of x [B, ...] along ``dim``, float64, whatever the magnitudes of the elements.
+    """Upper bounds of the Euclidean norms along ``dim``, float64: above them by at most n 2^-23 and sqrt(n) 2^-73.
 
-    A few samples at a time, since they are copied to float64.
+    They are taken in float32: n squares and additions, each with a relative error of 2^-24, or 2^-150 where it
+    underflows. Infinite where a square is beyond float32.
     """
-    at_once = max(1, _COPIED.get(x.device.type, 1 << 24) * len(x) // max(1, x.numel()))
-    return torch.cat([torch.linalg.vector_norm(part, dim=dim, dtype=torch.float64) for part in x.split(at_once)])
+    count = x.shape[dim]
+    norms: Tensor = torch.linalg.vector_norm(wide(x), dim=dim)
+    return norms.double() * (1.0 + (count + 8) * 2.0**-24) + math.sqrt(count) * 2.0**-74
 
 
 def _kept(x: Tensor, keep: Tensor) -> Tensor:
@@ -89,6 +83,8 @@ class Product:
     right: Tensor
     first: int = 0
 
+    worth = 1
+
     @property
     def batch(self) -> int:
         return self.left.shape[0]
@@ -99,7 +95,7 @@ class Product:
 
     @property
     def chain(self) -> int:
-        return min(self.terms, CHAIN) + -(-self.terms // CHAIN) + 1
+        return CHAIN + -(-self.terms // CHAIN) + 1  # the same for all texts of up to CHAIN tokens
 
     @property
     def held(self) -> int:
@@ -123,12 +119,12 @@ class Product:
         left, right = (wide(_kept(x, keep)).flatten(0, 1) for x in (self.left, self.right))
         out[self.first : self.first + left.shape[1]] += left.t() @ right.to(left.dtype)
 
-    def sizes(self) -> Tensor:
-        return (lengths(self.left, 2) * lengths(self.right, 2)).sum(1)
+    def sizes(self) -> tuple[Tensor, Tensor, Tensor]:
+        left, right = lengths(self.left, 2), lengths(self.right, 2)
+        return (left * right).sum(1), left.sum(1), right.sum(1)
 
     def factors(self, samples: slice) -> Factors:
-        left, right = self.left[samples].double(), self.right[samples].double()
-        return Factors(left.unsqueeze(1), right.unsqueeze(1), self.first)
+        return Factors(wide(self.left[samples]).unsqueeze(1), wide(self.right[samples]).unsqueeze(1), self.first)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -156,6 +152,8 @@ class Convolution:
     window: Window
     kernel: tuple[int, ...]
 
+    worth = 8
+
     @property
     def batch(self) -> int:
         return self.grad.shape[0]
@@ -178,11 +176,27 @@ class Convolution:
         shape = (p, input.shape[1] // groups, *self.kernel)
         if batch == 0 or grad.numel() == 0:
             return grad.new_zeros((batch, p, math.prod(shape[1:])), dtype=torch.float32)
-        # The samples as groups of one convolution: each group's weight gradient is one sample's.
-        grad = grad.reshape(1, batch * p, *grad.shape[2:])
-        input = input.reshape(1, batch * input.shape[1], *input.shape[2:])
-        made = self._weight_grad(grad, input, (batch * p, *shape[1:]), batch * groups)
-        return made.reshape(batch, p, -1)[:, part].float()
+        small = max(math.prod(shape), p * self.terms) <= _SMALL
+        if small or grad.device.type != "cpu":
+            # The samples as groups of one convolution: each group's weight gradient is one sample's.
+            grad = grad.reshape(1, batch * p, *grad.shape[2:])
+            input = input.reshape(1, batch * input.shape[1], *input.shape[2:])
+            made = self._weight_grad(grad, input, (batch * p, *shape[1:]), batch * groups)
+            return made.reshape(batch, p, -1)[:, part].float()
+        flat = groups == 1 and len(shape) == 4 and self.terms <= _FEW
+        rows = grad.new_empty((batch, p, math.prod(shape[1:])))
+        for i in range(batch):
+            one, of = grad[i : i + 1], input[i : i + 1]
+            if flat:
+                torch.mm(one.reshape(p, -1), self._unfolded(of)[0, :, : self.terms].t(), out=rows[i])
+            else:
+                rows[i] = self._weight_grad(one, of, shape, groups).view(p, -1)
+        return rows[:, part].float()
+
+    def _unfolded(self, input: Tensor) -> Tensor:
+        """input [b, c, H, W] -> [b, c k, T or more], the windows as columns."""
+        stride, padding, dilation, _ = self.window
+        return F.unfold(input, self.kernel, dilation, padding, stride)
 
     def _weight_grad(self, grad: Tensor, input: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
         stand_in = grad.new_empty(1).expand(shape)  # only its shape is read
@@ -200,7 +214,7 @@ class Convolution:
             shape = (grad.shape[1], input.shape[1] // groups, *self.kernel)
             out += self._weight_grad(grad, input, shape, groups).reshape(out.shape)
 
-    def sizes(self) -> Tensor:
+    def sizes(self) -> tuple[Tensor, Tensor, Tensor]:
         groups, batch = self.window.groups, self.batch
         left = lengths(self.grad.reshape(batch, groups, -1, max(1, self.terms)), 2)  # [B, g, T]
         squares = self.input.reshape(batch, groups, -1, *self.input.shape[2:]).double().square().sum(2)
@@ -209,25 +223,19 @@ class Convolution:
         stride, padding, dilation, _ = self.window
         right: Tensor = convolution(squares, ones, None, stride, padding, dilation, groups).clamp_(min=0).sqrt()
         right = right.flatten(2)[:, :, : left.shape[2]]
-        total: Tensor = (left * right).sum((1, 2))
-        return total
+        return (left * right).sum((1, 2)), left.sum((1, 2)), right.sum((1, 2))
 
     def factors(self, samples: slice) -> Factors | None:
         if len(self.kernel) > 2:
             return None
-        input, grad, window, kernel = (
-            self.input[samples].double(),
-            self.grad[samples].double(),
-            self.window,
-            self.kernel,
-        )
+        input, grad, groups = wide(self.input[samples]), self.grad[samples], self.window.groups
+        stride, padding, dilation, kernel = *self.window[:3], self.kernel
         if len(kernel) == 1:
             input, kernel = input.unsqueeze(2), (1, *kernel)
-            window = Window((1, *window.stride), (0, *window.padding), (1, *window.dilation), window.groups)
-        taken = F.unfold(input, kernel, window.dilation, window.padding, window.stride)  # [b, c k, T]
-        left = grad.reshape(grad.shape[0], window.groups, -1, self.terms).transpose(2, 3)
-        right = taken[:, :, : self.terms].reshape(taken.shape[0], window.groups, -1, self.terms).transpose(2, 3)
-        return Factors(left, right)
+            stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+        taken = F.unfold(input, kernel, dilation, padding, stride)[:, :, : self.terms]  # [b, c k, T]
+        left = wide(grad).reshape(grad.shape[0], groups, -1, self.terms).transpose(2, 3)
+        return Factors(left, taken.reshape(taken.shape[0], groups, -1, self.terms).transpose(2, 3))
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,8 @@ class Folded:
 
     of: Convolution
     batch: int
+
+    worth = 8
 
     @property
     def windows(self) -> int:
@@ -261,8 +271,9 @@ class Folded:
     def add_total(self, out: Tensor, keep: Tensor) -> None:
         self.of.add_total(out, keep.repeat_interleave(self.windows))
 
-    def sizes(self) -> Tensor:
-        return self.of.sizes().view(self.batch, self.windows).sum(1)
+    def sizes(self) -> tuple[Tensor, Tensor, Tensor]:
+        product, left, right = (size.view(self.batch, self.windows).sum(1) for size in self.of.sizes())
+        return product, left, right
 
     def factors(self, samples: slice) -> Factors | None:
         return None
@@ -274,6 +285,8 @@ class Lookup:
 
     ids: Tensor
     grad: Tensor
+
+    worth = 1
 
     @property
     def batch(self) -> int:
@@ -303,46 +316,9 @@ class Lookup:
     def add_total(self, out: Tensor, keep: Tensor) -> None:
         out.index_add_(0, self.ids.reshape(-1), _kept(self.grad, keep).flatten(0, 1).to(out.dtype))
 
-    def sizes(self) -> Tensor:
-        return lengths(self.grad, 2).sum(1)
+    def sizes(self) -> tuple[Tensor, Tensor, Tensor]:
+        right = lengths(self.grad, 2).sum(1)
+        return right, torch.full_like(right, float(self.terms)), right
 
     def factors(self, samples: slice) -> Factors:
-        return Factors(self.ids[samples], self.grad[samples].double().unsqueeze(1))
-
-
-def gram_sum(uses: list[Any], samples: slice, at_once: int) -> Tensor:
-    """|G_i|^2 = sum over terms s, t of (l_s . l_t)(r_s . r_t), of all uses together -> [b] float64.
-
-    at_once: elements of a Gram matrix that are made at a time.
-    """
-    factors = [use.factors(samples) for use in uses]
-    total = torch.zeros((), dtype=torch.float64, device=factors[0].right.device)
-    for one in factors:
-        for other in factors:
-            width = one.right.shape[0] * one.right.shape[1] * max(1, other.right.shape[2])
-            step = max(1, at_once // max(1, width))
-            for start in range(0, one.right.shape[2], step):
-                terms = slice(start, start + step)
-                right = one.right[:, :, terms] @ other.right.transpose(2, 3)  # [b, g, s, t]
-                total = total + (right * _left_gram(one, terms, other)).sum((1, 2, 3))
-    return total
-
-
-def _left_gram(one: Factors, terms: slice, other: Factors) -> Tensor:
-    """l_s . l_t -> [b, g, s, t], s in ``terms``."""
-    if one.left.dim() == 4 and other.left.dim() == 4:
-        start = max(one.first, other.first)
-        stop = min(one.first + one.left.shape[3], other.first + other.left.shape[3])
-        if stop <= start:  # of other rows of the weight
-            return one.left.new_zeros(())
-        left = one.left[:, :, terms, start - one.first : stop - one.first]
-        return left @ other.left[:, :, :, start - other.first : stop - other.first].transpose(2, 3)
-    if one.left.dim() == 2 and other.left.dim() == 2:
-        return (one.left[:, terms].unsqueeze(2) == other.left.unsqueeze(1)).unsqueeze(1).double()
-    tokens, dense = (one.left[:, terms], other) if one.left.dim() == 2 else (other.left, one)
-    columns = tokens - dense.first  # [b, s]
-    inside = (columns >= 0) & (columns < dense.left.shape[3])
-    left = dense.left[:, 0] if one.left.dim() == 2 else dense.left[:, 0, terms]  # [b, t, p]
-    index = columns.clamp(0, dense.left.shape[3] - 1).unsqueeze(1).expand(-1, left.shape[1], -1)
-    taken = torch.where(inside.unsqueeze(1), left.gather(2, index), 0.0)  # [b, t, s]
-    return (taken.transpose(1, 2) if one.left.dim() == 2 else taken).unsqueeze(1)
+        return Factors(self.ids[samples], wide(self.grad[samples]).unsqueeze(1))

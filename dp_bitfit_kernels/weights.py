@@ -7,29 +7,32 @@ arXiv 2210.00038, book-keeping), and no float sum over samples: the integer sum 
 
 **Norms**, for each weight and shape the cheapest (``plan``):
 
-* ``kept``: rows are made in the backward and stay until they are summed, where they are no larger than what makes them.
-  Their norm is that of their very bits.
+* ``kept``: rows are made in the backward and stay until they are summed, where they are no larger than what makes them
+  (or, of a convolution, than 8 times that: its rows are dear).
 * ``tokens``: an embedding's rows are one vector for each token that the sample has; these are kept.
 * ``made``: rows are made twice, a few at a time, once for their norm and once for the sum.
 * ``ghost``: |G|^2 = sum_{s,t} (l_s . l_t)(r_s . r_t) (Goodfellow 2015; Li et al., arXiv 2110.05679): no row is made.
 
 **Sensitivity** stays a bound although ``made`` and ``ghost`` rows are not those that the norm was taken of. Let
-u = 2^-24, v = 2^-53, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l_t| |r_t|, n the roundings
+u = 2^-24, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l_t| |r_t|, n the roundings
 that a product passes on its way into an element (``Use.chain``), gamma_n = n u / (1 - n u). In any order of summation:
 
 1. A computed row G' has |G'_jk - G_jk| <= gamma_n sum_t |l_tj| |r_tk|, and the matrix of these sums has norm at most M
    (the triangle inequality over t). So | |G'| - |G| | <= gamma_n M. Products below float32's normal range add at most
    T 2^-149 an element, sqrt(p d) T 2^-149 in norm.
 2. ``made``: both times the row lies so near G, so the second one's norm is at most that of the first + 2 gamma_n M.
-3. ``ghost``: Gram matrices are made of float64 copies. Each of the T^2 summands passes at most m = p + d + T^2 + 4
-   roundings, and the moduli of all the products add up to at most M^2 (Cauchy-Schwarz). So, with
-   gamma'_m = m v / (1 - m v), |N'^2 - |G|^2| <= gamma'_m M^2 and |G'| <= sqrt(N'^2 + gamma'_m M^2) + gamma_n M. (A
-   float32 Gram cancels: of opposed tokens it has been seen to understate a norm so far that 1.25 R came through.)
+3. ``ghost``: |N'^2 - |G|^2| <= e M^2, e of ``grams.gram_error``, so |G'| <= sqrt(N'^2 + e M^2) + gamma_n M. (A float32
+   Gram cancels: of opposed tokens it has been seen to understate a norm so far that 1.25 R came through.)
 
-The norm given is that upper bound, so a row enters the sum with integer norm at most ``GRID`` as any other does. M is
-computed in float64 and enlarged by 2^-40. What is assumed of the libraries: that products and sums are rounded to
-float32 or better, in any order. Lower modes (TF32, bfloat16) are switched off around them. Where, by its shape, the
-bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), rows are ``kept``.
+The norm given is sqrt(N'^2 + e M^2) + 2 gamma_n M for all of them, so a row enters the sum with integer norm at most
+``GRID`` as any other does. It is one formula, ``kept`` rows of linear layers included, with one n for all texts of up
+to 512 tokens, since the plan goes by T: were the longest text of a batch to change the room that is left, it would
+change the factors of all others. (Images of a batch have one size, which none of them decides: norms of kept rows of
+convolutions, and of rows that are kept since the bound would be dear, are those of their bits.) M is computed in
+float64 of upper bounds of lengths, and enlarged by 2^-40. Assumed of the libraries: that products and sums are rounded
+to float32 or better, in any order. Lower modes (TF32, bfloat16) are switched off around them. Where, by its shape, the
+bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), Grams are made in float64 (T > 2048)
+and rows ``kept``.
 """
 
 from __future__ import annotations
@@ -45,11 +48,13 @@ from ._precision import full_precision
 from ._validate import EngineError
 from .backends import Backend
 from .clipping import GRID
-from .weight_uses import Lookup, Product, Use, gram_sum
+from .grams import gamma, gram_error, gram_floor, gram_sum
+from .weight_uses import Lookup, Product, Use
 
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
 _AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
 _DEAR = 0.01  # the largest part of a norm that the bound may cost
+_LONG = 2048  # terms beyond which Grams are made in float64
 _INFLATED = 1.0 + 2.0**-40
 
 
@@ -84,11 +89,6 @@ class Workshop:
         self.backend.clipped_sum_(total, rows, self.offsets(rows.shape[1]), factors)
 
 
-def gamma(count: int, unit: float) -> float:
-    """n u / (1 - n u), the relative error of n roundings in a row (Higham 2002, lemma 3.1)."""
-    return count * unit / (1.0 - count * unit) if count * unit < 0.5 else math.inf
-
-
 class WeightSink:
     """What one batch does with one trained weight.
 
@@ -105,6 +105,9 @@ class WeightSink:
         self._rows: Tensor | None = None  # [B, p * d] float32, where they are kept
         self._uses: list[tuple[Use, tuple[int, ...]]] = []  # with the versions of their tensors
         self._tokens: tuple[Tensor, Tensor] | None = None
+        self._sizes: Tensor | None = None  # [3, B], of all uses whose sizes were taken
+        self._chain, self._terms = 0, 0
+        self._exact = False  # whether the norms of kept rows are given as they are
         self.calls = 0  # forwards that will come by, as far as they are known
         self._squares: Tensor | None = None  # [B], where they are taken as soon as the gradient comes
         self._weights: Tensor | None = None  # [B], in the second of two backwards
@@ -147,6 +150,9 @@ class WeightSink:
         if self._rows is not None or (not self._uses and self.plan(use) == "kept"):
             with full_precision():
                 made = use.rows(slice(0, self.batch), slice(0, self.height)).reshape(self.batch, -1)
+                self._exact = self._exact or not isinstance(use, Product) or self._is_dear(use)
+                if not self._exact:
+                    self._note_sizes([use])
             self._rows = made if self._rows is None else self._rows.add_(made)
             return
         self._uses.append((use, _versions(use)))
@@ -161,9 +167,14 @@ class WeightSink:
             return "kept"
         if asked == "ghost":
             return "ghost"
-        if size <= use.held or 2.0 * use.chain * 2.0**-24 * math.sqrt(terms) > _DEAR:
+        if size <= use.worth * use.held or self._is_dear(use):
             return "kept"
-        return "ghost" if 4 * terms * (self.height + self.width) < size else "made"
+        dear = 1.25 if terms <= _LONG else 4.0  # what an operation on Grams costs beside one on rows
+        return "ghost" if dear * terms * (self.height + self.width) < size else "made"
+
+    def _is_dear(self, use: Use) -> bool:
+        """Whether the bound costs more than 1 % of a norm where M / |G| is sqrt(T)."""
+        return 2.0 * use.chain * 2.0**-24 * math.sqrt(use.terms) > _DEAR
 
     def _pieces(self, uses: Sequence[Use]) -> Iterator[tuple[slice, slice]]:
         """(samples, rows of the weight), so that no more than ``at_once`` elements are made at a time."""
@@ -201,7 +212,7 @@ class WeightSink:
         if self._squares is not None:
             return self._squares
         if self._rows is not None:
-            return self._workshop.squares(self._rows)
+            return self._bounded(self._workshop.squares(self._rows), ())
         if not self._uses:
             return torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
         self._check()
@@ -212,27 +223,47 @@ class WeightSink:
             _, vectors = self._tokens
             return self._workshop.squares(vectors.view(self.batch, -1))
         with full_precision():
-            largest = torch.stack([use.sizes() for use in uses]).sum(0) * _INFLATED
-            error = gamma(sum(use.chain for use in uses), 2.0**-24)
-            terms = sum(use.terms for use in uses)
-            below = math.sqrt(self.height * self.width) * terms * 2.0**-149
-            first = uses[0].factors(slice(0, 1))
-            if first is not None and all(plan in ("ghost", "tokens") for plan in plans):
-                found = torch.cat([gram_sum(uses, samples, self._workshop.at_once) for samples in self._samples(terms)])
-                room = gamma(self.height + self.width + terms * terms + 4, 2.0**-53)
-                norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + error * largest + below
-                norms = torch.where(found.isnan(), found, norms)
+            if uses[0].factors(slice(0, 1)) is not None and all(plan in ("ghost", "tokens") for plan in plans):
+                found = self._grams(uses)
             else:
                 found = torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
                 for samples, _, rows in self._made():
                     found[samples] += self._workshop.squares(rows)
-                norms = found.sqrt() + 2.0 * (error * largest + below)
-        return norms.square()
+            return self._bounded(found, uses)
 
-    def _samples(self, terms: int) -> Iterator[slice]:
+    def _bounded(self, found: Tensor, uses: Sequence[Use]) -> Tensor:
+        """Upper bounds of the squared norms of rows of these uses, of which ``found`` [B] is a computed one."""
+        if self._exact or self._workshop.twice:  # no other rows will be made, or none that a bound could speak of
+            return found
+        self._note_sizes(uses)
+        assert self._sizes is not None
+        largest, lefts, rights = (self._sizes * _INFLATED).unbind(0)
+        error, terms = gamma(self._chain, 2.0**-24), self._terms
+        room = gram_error(self.height, self.width, terms, terms > _LONG)
+        below = gram_floor(self.height, self.width, terms, lefts, rights)
+        below = below + math.sqrt(self.height * self.width) * terms * 2.0**-149
+        norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + 2.0 * (error * largest + below)
+        squares: Tensor = norms.square()
+        return squares
+
+    def _note_sizes(self, uses: Sequence[Use]) -> None:
+        for use in uses:
+            own = torch.stack(use.sizes())
+            self._sizes = own if self._sizes is None else self._sizes + own
+            self._chain += use.chain
+            self._terms += use.terms
+
+    def _grams(self, uses: list[Use]) -> Tensor:
+        """``gram_sum`` of all samples, a few at a time."""
+        terms = sum(use.terms for use in uses)
         each = max(terms * terms, terms * (self.height + self.width) // 4, 1)
         step = max(1, self._workshop.at_once // each)
-        return (slice(i, min(i + step, self.batch)) for i in range(0, self.batch, step))
+        parts = []
+        for start in range(0, self.batch, step):
+            samples = slice(start, min(start + step, self.batch))
+            factors = [own for use in uses if (own := use.factors(samples)) is not None]
+            parts.append(gram_sum([own.double() if terms > _LONG else own for own in factors], self._workshop.at_once))
+        return torch.cat(parts)
 
     def add_clipped(self, total: Tensor, factors: Tensor) -> None:
         """Add sum_i round(factors[i] row_i) to ``total`` [p * d] int64; factors [B, L] float64."""

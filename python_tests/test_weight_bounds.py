@@ -12,8 +12,9 @@ from dp_bitfit_kernels import backends
 from dp_bitfit_kernels._precision import full_precision
 from dp_bitfit_kernels.clipping import GRID, Flat
 from dp_bitfit_kernels.functional_window import Window
-from dp_bitfit_kernels.weight_uses import Convolution, Factors, Lookup, Product, gram_sum
-from dp_bitfit_kernels.weights import WeightSink, Workshop, gamma
+from dp_bitfit_kernels.grams import gamma, gram_sum
+from dp_bitfit_kernels.weight_uses import Convolution, Lookup, Product
+from dp_bitfit_kernels.weights import WeightSink, Workshop
 
 U = 2.0**-24
 
@@ -98,13 +99,41 @@ def test_norms_bound_what_any_order_of_float32_additions_makes(use):
             assert float(row.double().norm()) <= bound
 
 
+@pytest.mark.parametrize("rest", [1e-5, 1e-4, 3e-4, 1e-3, 1e-2])
+def test_no_ghost_norm_is_below_the_exact_one(rest):
+    """Where so much cancels that what is left has the size of a float32 Gram's rounding."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = torch.randn(2000, 2, 600, generator=generator), torch.randn(2000, 2, 24, generator=generator)
+    left[:, 1::2] = -left[:, ::2] * (1 + rest * torch.rand(2000, 1, 1, generator=generator))
+    right[:, 1::2] = right[:, ::2]
+    exact = torch.einsum("btp,btd->bpd", left.double(), right.double()).flatten(1).norm(dim=1)
+    assert (sink("mixed", (600, 24), Product(left, right), how="ghost").squares().sqrt() >= exact).all()
+
+
 def test_the_bound_costs_little_where_tokens_are_not_opposed():
     torch.manual_seed(0)
     use = Product(torch.randn(4, 300, 40), torch.randn(4, 300, 50))
     exact = torch.einsum("btp,btd->bpd", use.left.double(), use.right.double()).flatten(1).norm(dim=1)
-    for how in ("ghost", "made"):
+    for how, most in (("ghost", 1.005), ("made", 1.005), ("kept", 1.005)):
         ratio = sink("mixed", (40, 50), use, how=how).squares().sqrt() / exact
-        assert (ratio >= 1).all() and (ratio < 1.001).all()
+        assert (ratio >= 1).all() and (ratio < most).all()
+
+
+def test_the_length_of_others_moves_no_factor():
+    """A sample's norm is the same, up to the float32 rounding of its own sums, however far its batch is padded, though
+    the way of taking it changes: what the room left by the bound came to would multiply all samples of a batch."""
+    torch.manual_seed(0)
+    left, right = torch.randn(2, 20, 300), torch.randn(2, 20, 400)
+    norms, plans = [], set()
+    for terms in (20, 60, 120, 150, 512):
+        padded = [torch.nn.functional.pad(x, (0, 0, 0, terms - 20)) for x in (left, right)]
+        made = WeightSink(workshop("mixed"), "weight", torch.Size((300, 400)), 0, 2)
+        plans.add(made.plan(Product(*padded)))
+        made.take(Product(*padded))
+        norms.append(made.squares().sqrt())
+    assert plans == {"ghost", "made", "kept"}
+    for other in norms[1:]:
+        torch.testing.assert_close(other, norms[0], rtol=5e-7, atol=0)
 
 
 def test_sizes_are_upper_bounds():
@@ -122,8 +151,8 @@ def test_sizes_are_upper_bounds():
             **{k: v.abs() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in vars(use).items()}
         )
         rows = positive.rows(slice(0, 3), slice(0, 6 if name != "linear" else 5)).double().flatten(1).norm(dim=1)
-        assert (use.sizes() * (1 + 1e-6) >= rows).all(), name
-        assert (use.sizes() <= 40 * rows).all(), name
+        size, _, _ = use.sizes()
+        assert (size * (1 + 1e-6) >= rows).all() and (size <= 40 * rows).all(), name
 
 
 def test_grams_of_all_kinds_of_uses_together():
@@ -140,8 +169,9 @@ def test_grams_of_all_kinds_of_uses_together():
     rows = sum(use.rows(slice(0, 3), slice(0, 7)).double() for use in uses)
     want = rows.flatten(1).square().sum(1)
     for at_once in (1, 50, 10**6):
-        torch.testing.assert_close(gram_sum(uses, slice(0, 3), at_once), want, rtol=1e-6, atol=0)
-    assert isinstance(uses[0].factors(slice(0, 1)), Factors)
+        factors = [use.factors(slice(0, 3)) for use in uses]
+        torch.testing.assert_close(gram_sum(factors, at_once), want, rtol=1e-5, atol=0)
+        torch.testing.assert_close(gram_sum([f.double() for f in factors], at_once), want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 60, 10**6])
@@ -171,7 +201,7 @@ def test_plans_go_by_shapes():
         ),
         "short texts, wide layers": (Product(torch.zeros(2, 8, 512), torch.zeros(2, 8, 512)), "ghost"),
         "one vector a sample": (Product(torch.zeros(2, 1, 300), torch.zeros(2, 1, 300)), "ghost"),
-        "longer texts": (Product(torch.zeros(2, 100, 512), torch.zeros(2, 100, 512)), "made"),
+        "longer texts": (Product(torch.zeros(2, 250, 512), torch.zeros(2, 250, 512)), "made"),
         "so long that the bound is dear": (
             Product(torch.zeros(1, 1, 1).expand(1, 10**6, 2000), torch.zeros(1, 1, 1).expand(1, 10**6, 2000)),
             "kept",
@@ -196,7 +226,7 @@ def test_half_precision_does_not_overflow_in_a_gram():
     left, right = torch.full((2, 3, 4), 300.0).half(), torch.full((2, 3, 5), 300.0).half()
     for how in ("ghost", "made", "kept"):
         made = sink("mixed", (4, 5), Product(left, right), how=how)
-        torch.testing.assert_close(made.squares(), torch.full((2,), 20 * (3 * 9e4) ** 2).double(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(made.squares(), torch.full((2,), 20 * (3 * 9e4) ** 2).double(), rtol=3e-4, atol=0)
         assert length(summed(sink("mixed", (4, 5), Product(left[:1], right[:1]), how=how), 1.0)) <= GRID
 
 

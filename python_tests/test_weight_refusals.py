@@ -229,3 +229,37 @@ def test_what_samples_share_is_proven_to_reach_each_by_itself(kind):
     # Where it is seen before, the module is run one sample at a time.
     other = dpk.convert_model(Shares(), train_modules=("*",), sample_batch=torch.randn(4, 3, 6))
     assert dpk.conversion_report(other).one_by_one == {"": "Shares"}
+
+
+def test_noise_reaches_every_element_of_a_weight():
+    """Of all trained tensors, each element its own: no two of one size share it."""
+    x = torch.zeros(2, 3, 6)
+    engine, model, optimizer, _ = trained(Twice(), x, sigma=1.0)
+    releases = []
+    for _ in range(2):
+        before = flat(model)
+        with engine.batch(2):
+            (model(x).sum() * 0.0).backward()
+            optimizer.step()
+        releases.append(before - flat(model))
+    sizes = [p.numel() for p in model.parameters()]
+    for release in releases:
+        assert (release != 0.0).all()
+        parts = [part[: min(sizes)] for part in torch.split(release, sizes)]
+        assert all(not torch.equal(a, b) for i, a in enumerate(parts) for b in parts[:i])
+        # Standard deviation 1 of the sum, divided by 2 samples.
+        assert 0.4 < float(torch.split(release, sizes)[0].std()) < 0.62
+    assert not torch.equal(*releases)
+
+
+def test_a_broken_draw_leaves_nothing_in_the_weights():
+    case = CASES["linear of tokens"]
+    x = case.batch(8)
+    engine, model, optimizer, loader = trained(case.model(), x, batch=8, sample_rate=1.0, max_physical_batch_size=2)
+    for own, y in loader:
+        F.cross_entropy(model(own), y).backward()
+        assert optimizer.step() is False
+        break
+    assert any(own is not None and own.any() for own in engine._session.ledger._sums)
+    engine._session.abandon()
+    assert all(not total.any() for _, total in engine._session.ledger.sums())

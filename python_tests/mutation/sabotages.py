@@ -14,5 +14,6 @@ from sabotages_phases import PHASES
 from sabotages_selection import SELECTION
 from sabotages_sensitivity import SENSITIVITY
 from sabotages_state import STATE
+from sabotages_weights import WEIGHTS_ as WEIGHTS
 
-SABOTAGES = (*SENSITIVITY, *NOISE, *STATE, *CAPTURED, *MEMORY, *COVERAGE, *SELECTION, *PHASES)
+SABOTAGES = (*SENSITIVITY, *NOISE, *STATE, *CAPTURED, *MEMORY, *COVERAGE, *SELECTION, *PHASES, *WEIGHTS)

@@ -1,0 +1,125 @@
+"""Sabotages of trained weights: their norms, the sums made afterwards, what samples share."""
+
+from __future__ import annotations
+
+from sabotage import Sabotage
+
+WEIGHTS, BOUNDS, REFUSED = "test_weights.py", "test_weight_bounds.py", "test_weight_refusals.py"
+STEP = f"{WEIGHTS}::test_a_step_equals_the_oracle"
+GRID = f"{BOUNDS}::test_a_sample_adds_at_most_the_grid"
+
+WEIGHTS_ = (
+    Sabotage(
+        "a ghost norm leaves no room for the rounding of its Grams",
+        "weights.py",
+        "(found.clamp(min=0.0) + room * largest.square()).sqrt()",
+        "found.clamp(min=0.0).sqrt()",
+        (f"{BOUNDS}::test_no_ghost_norm_is_below_the_exact_one",),
+    ),
+    Sabotage(
+        "rows made anew are believed to be those of the norm",
+        "weights.py",
+        "(found.clamp(min=0.0) + room * largest.square()).sqrt() + 2.0 * (error * largest + below)",
+        "found.clamp(min=0.0).sqrt()",
+        (f"{BOUNDS}::test_norms_bound_what_any_order_of_float32_additions_makes",),
+    ),
+    Sabotage(
+        "the room that is left goes by the plan",
+        "weights.py",
+        "        room = gram_error(self.height, self.width, terms, terms > _LONG)\n",
+        "        room = 0.0 if self._rows is not None else gram_error(self.height, self.width, terms, False)\n",
+        (f"{BOUNDS}::test_the_length_of_others_moves_no_factor",),
+    ),
+    Sabotage(
+        "a weight used twice is clipped without its cross terms",
+        "grams.py",
+        "        for other in factors[number:]:",
+        "        for other in factors[number : number + 1]:",
+        (f"{STEP}[0.05-twice-ghost-book_keeping]", f"{BOUNDS}::test_grams_of_all_kinds_of_uses_together"),
+    ),
+    Sabotage(
+        "weights without rows stay out of the norm",
+        "ledger.py",
+        "            extra[:, sink.group] += sink.squares()\n",
+        "            sink.squares()\n",
+        (f"{STEP}[0.05-linear of tokens-mixed-book_keeping]",),
+    ),
+    Sabotage(
+        "weights without rows are not clipped",
+        "weights.py",
+        "factor = factors[:, self.group : self.group + 1].contiguous()",
+        "factor = factors[:, self.group : self.group + 1].amax(0, keepdim=True).expand(len(factors), 1).contiguous()",
+        (f"{STEP}[0.05-linear of tokens-mixed-book_keeping]",),
+    ),
+    Sabotage(
+        "weights without rows get no noise",
+        "session.py",
+        "noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale)",
+        "noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std if first == 0 else 0.0, scale)",
+        (f"{REFUSED}::test_noise_reaches_every_element_of_a_weight",),
+    ),
+    Sabotage(
+        "weights without rows share the noise of the rest",
+        "session.py",
+        "noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale)",
+        "noisy = ledger.backend.noisy_sum(total, *arguments, 0, noise_std, scale)",
+        (f"{REFUSED}::test_noise_reaches_every_element_of_a_weight",),
+    ),
+    Sabotage(
+        "tokens of a sample are clipped one by one",
+        "weights.py",
+        "    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]\n",
+        "",
+        (f"{BOUNDS}::test_tokens_are_summed_before_the_norm",),
+    ),
+    Sabotage(
+        "padding tokens are trained",
+        "layers/embedding.py",
+        "    if padding is not None:\n        grad",
+        "    if False:\n        grad",
+        (f"{STEP}[0.05-padding-mixed-book_keeping]",),
+    ),
+    Sabotage(
+        "a sum of a dropped draw stays in the weights",
+        "ledger.py",
+        "                self._sums[number] = None",
+        "                pass",
+        (f"{REFUSED}::test_a_broken_draw_leaves_nothing_in_the_weights",),
+    ),
+    Sabotage(
+        "sinks of an earlier batch stay open",
+        "ledger.py",
+        "        for sink in slab.sinks:\n            sink.close()\n",
+        "",
+        (f"{WEIGHTS}::test_several_backwards_add_up_and_zero_grad_forgets",),
+        also=(("ledger.py", "        slab.sinks.clear()\n", "        pass\n"),),
+    ),
+    Sabotage(
+        "what samples share is not asked",
+        "layout.py",
+        "    if trial.spread:\n        _require_copies_apart(trial, arrangements)\n",
+        "",
+        (f"{REFUSED}::test_what_samples_share_is_proven_to_reach_each_by_itself",),
+    ),
+    Sabotage(
+        "a second backward takes samples that are left out along",
+        "weight_uses.py",
+        "    return torch.where(keep.view(-1, *(1,) * (x.dim() - 1)), x, 0.0)",
+        "    return x",
+        (f"{WEIGHTS}::test_a_sample_that_is_not_a_number_changes_nothing",),
+    ),
+    Sabotage(
+        "a second backward is for secure mode, too",
+        "engine.py",
+        "if twice and self.secure_mode:",
+        "if False:",
+        (f"{REFUSED}::test_second_backward_is_refused_where_its_sensitivity_is_relied_on",),
+    ),
+    Sabotage(
+        "matrix products in bfloat16 are allowed",
+        "_precision.py",
+        'mode.fp32_precision = "ieee"',
+        "pass",
+        (f"{BOUNDS}::test_lower_precisions_are_off_and_put_back",),
+    ),
+)
