@@ -173,24 +173,35 @@ def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangemen
     """Copies of what samples share leave the model's outputs as they are, and each shows in its own sample alone.
 
     Of the layers' outputs and the model's, those of samples whose copies are changed are as if all were, those of the
-    others as if none was; in evaluation mode, where nothing else is random.
+    others as if none was. Which are changed follows the binary digits of their number, so that no copy can have gone
+    to another sample unseen. Asked in evaluation mode and in the present modes: the runs draw the same random numbers.
 
     Raises:
         BatchLayoutError: naming the layers with copies.
     """
-    samples = [*range(trial.batch)]
-    some = tuple(n % 2 == 0 for n in samples)
+    count = min(max(trial.batch, 4), 8)
+    rows = [n % trial.batch for n in range(count)]
+    digits = [tuple(bool(n >> digit & 1) for n in range(count)) for digit in range((count - 1).bit_length())]
+
+    def apart() -> bool:
+        none, every = (_by_sample(trial.run(rows, changed=(c,) * count), count, arrangements) for c in (False, True))
+        for changed in digits:
+            mixed = _by_sample(trial.run(rows, changed=changed), count, arrangements)
+            if not len(none) == len(every) == len(mixed):
+                return False
+            for a, b, found in zip(none, every, mixed, strict=True):
+                chosen = torch.tensor(changed, device=a.device).view(-1, *(1,) * (a.dim() - 1))
+                if not evidence.same(torch.where(chosen, b, a), found, 1e-4):
+                    return False
+        return True
+
     with evaluating(trial.model):
-        runs = [trial.run(samples, changed=changed) for changed in ((), tuple(True for _ in samples), some)]
+        copied = trial.run(rows).output
         spread, trial.spread = trial.spread, set()
-        plain = trial.run(samples)
+        plain = trial.run(rows).output
         trial.spread = spread
-    right = _slices.alike(plain.output, runs[0].output)
-    mask = torch.tensor(some)
-    for none, every, mixed in zip(*(_by_sample(run, trial.batch, arrangements) for run in runs), strict=True):
-        chosen = mask.to(none.device).view(-1, *(1,) * (none.dim() - 1))
-        right = right and evidence.same(torch.where(chosen, every, none), mixed, 1e-4)
-    if not right:
+        right = _slices.alike(plain, copied) and apart()
+    if not (right and (not any(m.training for m in trial.model.modules()) or apart())):
         names = ", ".join(sorted(repr(layer.layer_name) for layer in spread))
         raise BatchLayoutError(
             f"what the samples share in layer {names} is not added to each of them by itself, so that its per-sample "

@@ -223,7 +223,7 @@ class WeightSink:
             _, vectors = self._tokens
             return self._workshop.squares(vectors.view(self.batch, -1))
         with full_precision():
-            if uses[0].factors(slice(0, 1)) is not None and all(plan in ("ghost", "tokens") for plan in plans):
+            if all(plan in ("ghost", "tokens") for plan in plans) and _of_one_kind(uses):
                 found = self._grams(uses)
             else:
                 found = torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
@@ -291,6 +291,12 @@ class WeightSink:
         """Forget everything; backwards that come later add nothing."""
         self._open, self._rows, self._tokens, self._sum = False, None, None, None
         self._uses.clear()
+
+
+def _of_one_kind(uses: Sequence[Use]) -> bool:
+    """Whether Grams of all uses can be paired: each has some, in as many groups."""
+    factors = [use.factors(slice(0, 1)) for use in uses]
+    return len({None if own is None else own.right.shape[1] for own in factors} - {None}) == 1 and None not in factors
 
 
 def _versions(use: Any) -> tuple[int, ...]:
