@@ -141,7 +141,10 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
         return behind, pairs, same
 
     behind, pairs, same = runs()
-    shared = evidence.shared([(a.seen, b.seen, kept) for a, b, kept in pairs])
+    shared: set[BiasLayer] = set()
+    if any(seen.whole is not None for seen in behind[0].seen):
+        fewer = trial.run([*samples]).seen
+        shared = evidence.shared([(a.seen, b.seen, kept) for a, b, kept in pairs], fewer)
     if shared:
         trial.spread |= shared
         behind, pairs, same = runs()
@@ -163,10 +166,34 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
                 )
     if other is not None and other >= 0 and loss_in(behind[0].output) is not None:
         _require_loss_of_samples(trial)
+    _require_same_for_more(trial)
     if trial.spread:
         _require_copies_apart(trial, arrangements)
     tried = [layer for layer in arrangements if isinstance(layer, OwnForwardLayer)]
     return Proof(other is not None, arrangements, calls, tried, shared)
+
+
+def _require_same_for_more(trial: Trial) -> None:
+    """What the model gives for a sample does not depend on how many there are, in evaluation mode.
+
+    Raises:
+        BatchLayoutError: it does: one sample more would change the gradients of all others.
+    """
+    samples = [*range(trial.batch)]
+    with evaluating(trial.model):
+        try:
+            few, more = (list(tensors_in(trial.run(rows).output)) for rows in (samples, [*samples, 0]))
+        except FAILURES:  # its evaluation is another thing (decoding)
+            return
+    for a, b in zip(few, more, strict=False):
+        if a.dim() == 0 or not a.is_floating_point() or (len(a), *a.shape[1:]) != (trial.batch, *b.shape[1:]):
+            continue
+        own, other = evidence.without_masks((a.float(), b[: trial.batch].float()))
+        if len(b) == trial.batch + 1 and not _slices.alike(own, other):
+            raise BatchLayoutError(
+                "what the model gives for a sample changes with the number of samples in the batch (it divides by it?). "
+                "One sample more would change the gradients of all others. Per-sample gradients do not exist for it"
+            )
 
 
 def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangement]) -> None:
@@ -189,7 +216,8 @@ def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangemen
             mixed = _by_sample(trial.run(rows, changed=changed), count, arrangements)
             if not len(none) == len(every) == len(mixed):
                 return False
-            for a, b, found in zip(none, every, mixed, strict=True):
+            for own in zip(none, every, mixed, strict=True):
+                a, b, found = evidence.without_masks(own)
                 chosen = torch.tensor(changed, device=a.device).view(-1, *(1,) * (a.dim() - 1))
                 if not evidence.same(torch.where(chosen, b, a), found, 1e-4):
                     return False
@@ -310,7 +338,7 @@ def _require_apart(first_output: list[Tensor], last_output: list[Tensor], kept: 
             continue
         if not first.is_floating_point():
             continue
-        a, b = first[kept].float(), second[kept].float()
+        a, b = evidence.without_masks((first[kept].float(), second[kept].float()))
         finite = a.isfinite() & b.isfinite()
         size = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
         if bool(((a - b).abs()[finite] > 1e-4 * size).any()):
