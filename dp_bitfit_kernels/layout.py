@@ -192,7 +192,8 @@ def _require_same_for_more(trial: Trial) -> None:
         if len(b) == trial.batch + 1 and not _slices.alike(own, other):
             raise BatchLayoutError(
                 "what the model gives for a sample changes with the number of samples in the batch (does it divide by "
-                "it?). One sample more would change the gradients of all others. Per-sample gradients do not exist for it"
+                "it?). One sample more would change the gradients of all others: per-sample gradients do not exist for "
+                "such a model"
             )
 
 
