@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from . import layers
 from ._survey import Site, Slot
@@ -55,6 +57,8 @@ class Hosts:
             or site.functional
             or "forward" in module.__dict__
             or type(module).forward is nn.Module.forward
+            # They make the weight before the forward begins, of the parameters as they are.
+            or any(isinstance(hook, WeightNorm | SpectralNorm) for hook in module._forward_pre_hooks.values())
             or bool(layers.base.shadowed(module, OneByOneLayer))
             or (self._called is not None and id(module) not in self._called)
             or common(site.names) not in site.names  # used in several places: the one around them all

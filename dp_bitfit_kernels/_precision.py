@@ -16,12 +16,13 @@ def _modes() -> list[Any]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products and convolutions of float32 without TF32 or bfloat16; the modes are afterwards as before."""
+    """Matrix products and convolutions of float32 without TF32, bfloat16 or autocast; afterwards all is as before."""
     before = [(mode, mode.fp32_precision) for mode in _modes()]
     for mode, _ in before:
         mode.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         for mode, precision in before:
             mode.fp32_precision = precision

@@ -40,6 +40,17 @@ def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool(((a - b).abs()[both] <= tolerance * a.abs()[both].max()).all())
 
 
+def without_masks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same with zeros where one of them is far beyond what they hold otherwise: what masks logits would hide all
+    else behind its size."""
+    if not tensors[0].is_floating_point() or not tensors[0].numel():
+        return list(tensors)
+    sizes = torch.stack([tensor.detach().abs().double() for tensor in tensors]).amax(0)
+    usual = sizes[(sizes > 0) & sizes.isfinite()]
+    limit = 1e4 * float(usual.median()) if usual.numel() else 0.0
+    return [torch.where(sizes > limit, 0.0, tensor) if limit else tensor for tensor in tensors]
+
+
 def _digest(parts: Tensor) -> Tensor:
     """[n, ...] -> [n] float64."""
     wide = parts.abs() if parts.is_complex() else parts.to(torch.float64).abs()
@@ -119,16 +130,18 @@ def arrangements(pairs: Sequence[Pair], batch: int, shapes: list[tuple[int, ...]
     return found
 
 
-def shared(pairs: Sequence[Pair]) -> set[BiasLayer]:
-    """Embeddings whose output is [T, d] or [1, T, d], the same whatever the samples, in each of their calls."""
+def shared(pairs: Sequence[Pair], fewer: Sequence[Seen]) -> set[BiasLayer]:
+    """Embeddings whose output is [T, d] or [1, T, d], the same whatever and however many the samples, in each call.
+
+    fewer: the same calls on one sample less.
+    """
     found: dict[BiasLayer, bool] = {}
-    for own in _side_by_side(pairs):
-        runs: list[Seen] = [run for pair in own for run in pair]
+    for small, own in zip(fewer, _side_by_side(pairs), strict=False):
+        runs: list[Seen] = [small, *(run for pair in own for run in pair)]
         alike = all(run.shape == runs[0].shape and run.whole is not None for run in runs)
         alike = alike and all(same(run.whole, runs[0].whole, 0.0) for run in runs)  # type: ignore[arg-type]
-        held = all((MAJOR, 1) in run.digests for run in runs)
         layer = runs[0].layer
-        found[layer] = found.get(layer, True) and alike and not held
+        found[layer] = found.get(layer, True) and alike
     return {layer for layer, alike in found.items() if alike}
 
 

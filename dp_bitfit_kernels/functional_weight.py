@@ -6,6 +6,7 @@ What they keep, the layer's input, any weight gradient needs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 
 class WeightFunction(torch.autograd.Function):
-    """Identity on ``output``; the backward gives ``sink`` the use that ``make`` builds of (gradient, input).
+    """Identity on ``output``; the backward leaves what ``make`` builds of (gradient, input) in ``pending``.
 
-    ``anchor`` is a leaf that makes autograd come by though neither weight nor input may require a gradient.
+    ``anchor`` is a leaf that makes autograd come by though neither weight nor input may require a gradient. Only when
+    autograd accumulates into it is the use taken: a gradient that is asked for by ``torch.autograd.grad``, of an input
+    say, is not for the weight.
     """
 
     @staticmethod
@@ -33,12 +36,12 @@ class WeightFunction(torch.autograd.Function):
         output: Tensor,
         anchor: Tensor,
         inputs: Tensor,
-        sink: WeightSink,
+        pending: list[Use],
         make: Callable[[Tensor, Tensor], Use],
         layer: str,
     ) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.sink, ctx.make, ctx.layer = sink, make, layer
+        ctx.pending, ctx.make, ctx.layer = pending, make, layer
         return pass_on(output)
 
     @staticmethod
@@ -46,8 +49,13 @@ class WeightFunction(torch.autograd.Function):
         refuse_graph_of_rows()
         (inputs,) = saved(ctx)
         with torch.no_grad():
-            ctx.sink.take(ctx.make(grad, inputs))
-        return grad, None, None, None, None, None
+            ctx.pending[:] = [ctx.make(grad, inputs)]
+        return grad, torch.empty(0, device=grad.device), None, None, None, None
+
+
+def _take(sink: WeightSink, pending: list[Use], anchor: Tensor) -> None:
+    anchor.grad = None
+    sink.take(pending.pop())
 
 
 def tell(output: Tensor, inputs: Tensor, sink: WeightSink, make: Callable[[Tensor, Tensor], Use], layer: str) -> Tensor:
@@ -63,7 +71,9 @@ def tell(output: Tensor, inputs: Tensor, sink: WeightSink, make: Callable[[Tenso
             "uncompiled"
         )
     sink.calls += 1
-    return apply(WeightFunction, output, sink.anchor, inputs.detach(), sink, make, layer)
+    anchor, pending = torch.empty(0, device=output.device, requires_grad=True), list[Any]()
+    anchor.register_post_accumulate_grad_hook(partial(_take, sink, pending))
+    return apply(WeightFunction, output, anchor, inputs.detach(), pending, make, layer)
 
 
 class WeightRowsFunction(torch.autograd.Function):

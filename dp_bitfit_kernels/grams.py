@@ -44,12 +44,11 @@ def gram_error(height: int, width: int, terms: int, double: bool) -> float:
 def gram_floor(height: int, width: int, terms: int, lefts: Tensor, rights: Tensor) -> Tensor:
     """What underflow can take from the norm besides; lefts, rights [B] float64: sums of |l_t| and |r_t|.
 
-    A product below 2^-126 is off by at most 2^-150: l_s . l_t by p 2^-150, which r_s . r_t multiplies, and the other
-    way round, and the product of both by 2^-150. Summed over s and t, and the root taken.
+    A product below 2^-126 may be flushed to zero: l_s . l_t is off by p 2^-126, which r_s . r_t multiplies, and the
+    other way round, and the product of both by 2^-126. Summed over s and t, and the root taken.
     """
-    return 2.0**-74 * (
-        math.sqrt(height) * rights + math.sqrt(width) * lefts + math.sqrt(height * width) * 2.0**-74 * terms + terms
-    )
+    rest = terms * (1.0 + 2.0**-62 * math.sqrt(height * width))
+    return 2.0**-62 * (math.sqrt(height) * rights + math.sqrt(width) * lefts + rest)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,10 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
         return behind, pairs, same
 
     behind, pairs, same = runs()
-    shared = evidence.shared([(a.seen, b.seen, kept) for a, b, kept in pairs])
+    shared: set[BiasLayer] = set()
+    if any(seen.whole is not None for seen in behind[0].seen):
+        fewer = trial.run([*samples]).seen
+        shared = evidence.shared([(a.seen, b.seen, kept) for a, b, kept in pairs], fewer)
     if shared:
         trial.spread |= shared
         behind, pairs, same = runs()
@@ -163,34 +166,71 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
                 )
     if other is not None and other >= 0 and loss_in(behind[0].output) is not None:
         _require_loss_of_samples(trial)
+    _require_same_for_more(trial)
     if trial.spread:
         _require_copies_apart(trial, arrangements)
     tried = [layer for layer in arrangements if isinstance(layer, OwnForwardLayer)]
     return Proof(other is not None, arrangements, calls, tried, shared)
 
 
+def _require_same_for_more(trial: Trial) -> None:
+    """What the model gives for a sample does not depend on how many there are, in evaluation mode.
+
+    Raises:
+        BatchLayoutError: it does: one sample more would change the gradients of all others.
+    """
+    samples = [*range(trial.batch)]
+    with evaluating(trial.model):
+        try:
+            few, more = (list(tensors_in(trial.run(rows).output)) for rows in (samples, [*samples, 0]))
+        except FAILURES:  # its evaluation is another thing (decoding)
+            return
+    for a, b in zip(few, more, strict=False):
+        if a.dim() == 0 or not a.is_floating_point() or (len(a), *a.shape[1:]) != (trial.batch, *b.shape[1:]):
+            continue
+        own, other = evidence.without_masks((a.float(), b[: trial.batch].float()))
+        if len(b) == trial.batch + 1 and not _slices.alike(own, other):
+            raise BatchLayoutError(
+                "what the model gives for a sample changes with the number of samples in the batch (does it divide by "
+                "it?). One sample more would change the gradients of all others: per-sample gradients do not exist for "
+                "such a model"
+            )
+
+
 def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangement]) -> None:
     """Copies of what samples share leave the model's outputs as they are, and each shows in its own sample alone.
 
     Of the layers' outputs and the model's, those of samples whose copies are changed are as if all were, those of the
-    others as if none was; in evaluation mode, where nothing else is random.
+    others as if none was. Which are changed follows the binary digits of their number, so that no copy can have gone
+    to another sample unseen. Asked in evaluation mode and in the present modes: the runs draw the same random numbers.
 
     Raises:
         BatchLayoutError: naming the layers with copies.
     """
-    samples = [*range(trial.batch)]
-    some = tuple(n % 2 == 0 for n in samples)
+    count = min(max(trial.batch, 4), 8)
+    rows = [n % trial.batch for n in range(count)]
+    digits = [tuple(bool(n >> digit & 1) for n in range(count)) for digit in range((count - 1).bit_length())]
+
+    def apart() -> bool:
+        none, every = (_by_sample(trial.run(rows, changed=(c,) * count), count, arrangements) for c in (False, True))
+        for changed in digits:
+            mixed = _by_sample(trial.run(rows, changed=changed), count, arrangements)
+            if not len(none) == len(every) == len(mixed):
+                return False
+            for own in zip(none, every, mixed, strict=True):
+                a, b, found = evidence.without_masks(own)
+                chosen = torch.tensor(changed, device=a.device).view(-1, *(1,) * (a.dim() - 1))
+                if not evidence.same(torch.where(chosen, b, a), found, 1e-4):
+                    return False
+        return True
+
     with evaluating(trial.model):
-        runs = [trial.run(samples, changed=changed) for changed in ((), tuple(True for _ in samples), some)]
+        copied = trial.run(rows).output
         spread, trial.spread = trial.spread, set()
-        plain = trial.run(samples)
+        plain = trial.run(rows).output
         trial.spread = spread
-    right = _slices.alike(plain.output, runs[0].output)
-    mask = torch.tensor(some)
-    for none, every, mixed in zip(*(_by_sample(run, trial.batch, arrangements) for run in runs), strict=True):
-        chosen = mask.to(none.device).view(-1, *(1,) * (none.dim() - 1))
-        right = right and evidence.same(torch.where(chosen, every, none), mixed, 1e-4)
-    if not right:
+        right = _slices.alike(plain, copied) and apart()
+    if not (right and (not any(m.training for m in trial.model.modules()) or apart())):
         names = ", ".join(sorted(repr(layer.layer_name) for layer in spread))
         raise BatchLayoutError(
             f"what the samples share in layer {names} is not added to each of them by itself, so that its per-sample "
@@ -299,7 +339,7 @@ def _require_apart(first_output: list[Tensor], last_output: list[Tensor], kept: 
             continue
         if not first.is_floating_point():
             continue
-        a, b = first[kept].float(), second[kept].float()
+        a, b = evidence.without_masks((first[kept].float(), second[kept].float()))
         finite = a.isfinite() & b.isfinite()
         size = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
         if bool(((a - b).abs()[finite] > 1e-4 * size).any()):

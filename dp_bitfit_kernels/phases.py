@@ -265,7 +265,8 @@ class Course:
         """Tell the running phase's session how many releases are planned in it, and what is left of ``planned``."""
         session.phase_plan = (self.label(self.index), self.planned[self.index])
         if planned is not None:
-            session.planned_releases = planned - sum(self.releases[: self.index])
+            session.planned_before = sum(self.releases[: self.index])
+            session.planned_releases = planned - session.planned_before
 
     def counts(self, session: Session) -> list[int]:
         """Releases made in each phase up to now, by number of the phase."""

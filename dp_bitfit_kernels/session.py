@@ -61,7 +61,8 @@ class Session:
         self.again = again
         self.ended = False  # by detach()
         self.releases = 0
-        self.planned_releases: int | None = None
+        self.planned_releases: int | None = None  # of those that the noise was calibrated for, what is left here
+        self.planned_before = 0  # and what phases before had of them
         self.phase_plan: tuple[str, int] | None = None  # name of the phase, releases planned in it
         self.ticket: Ticket | None = None  # of the open batch
         self.draw: int | None = None  # whose earlier parts are in the integer total
@@ -368,7 +369,8 @@ class Session:
         if self.planned_releases is not None and self.releases > self.planned_releases:
             self._warn_once(
                 "overrun",
-                f"more than the {self.planned_releases} releases that the noise was calibrated for: epsilon exceeds "
+                f"more than the {self.planned_before + self.planned_releases} releases that the noise was calibrated "
+                "for: epsilon exceeds "
                 "its target",
             )
         elif self.phase_plan is not None and self.releases > self.phase_plan[1]:

@@ -60,14 +60,14 @@ class Use(Protocol):
 
 
 def lengths(x: Tensor, dim: int) -> Tensor:
-    """Upper bounds of the Euclidean norms along ``dim``, float64: above them by at most n 2^-23 and sqrt(n) 2^-73.
+    """Upper bounds of the Euclidean norms along ``dim``, float64: above them by at most n 2^-23 and sqrt(n) 2^-61.
 
-    They are taken in float32: n squares and additions, each with a relative error of 2^-24, or 2^-150 where it
-    underflows. Infinite where a square is beyond float32.
+    They are taken in float32: n squares and additions, each with a relative error of 2^-24, or 2^-126 where it is
+    flushed to zero. Infinite where a square is beyond float32.
     """
     count = x.shape[dim]
     norms: Tensor = torch.linalg.vector_norm(wide(x), dim=dim)
-    return norms.double() * (1.0 + (count + 8) * 2.0**-24) + math.sqrt(count) * 2.0**-74
+    return norms.double() * (1.0 + (count + 8) * 2.0**-24) + math.sqrt(count) * 2.0**-62
 
 
 def _kept(x: Tensor, keep: Tensor) -> Tensor:

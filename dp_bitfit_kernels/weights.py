@@ -18,8 +18,8 @@ u = 2^-24, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l
 that a product passes on its way into an element (``Use.chain``), gamma_n = n u / (1 - n u). In any order of summation:
 
 1. A computed row G' has |G'_jk - G_jk| <= gamma_n sum_t |l_tj| |r_tk|, and the matrix of these sums has norm at most M
-   (the triangle inequality over t). So | |G'| - |G| | <= gamma_n M. Products below float32's normal range add at most
-   T 2^-149 an element, sqrt(p d) T 2^-149 in norm.
+   (the triangle inequality over t). So | |G'| - |G| | <= gamma_n M. Products below float32's normal range, which may be
+   flushed to zero, add at most T 2^-125 an element, sqrt(p d) T 2^-125 in norm.
 2. ``made``: both times the row lies so near G, so the second one's norm is at most that of the first + 2 gamma_n M.
 3. ``ghost``: |N'^2 - |G|^2| <= e M^2, e of ``grams.gram_error``, so |G'| <= sqrt(N'^2 + e M^2) + gamma_n M. (A float32
    Gram cancels: of opposed tokens it has been seen to understate a norm so far that 1.25 R came through.)
@@ -90,16 +90,11 @@ class Workshop:
 
 
 class WeightSink:
-    """What one batch does with one trained weight.
-
-    Attributes:
-        anchor: a leaf without elements; the functions of layers take it so that autograd comes by.
-    """
+    """What one batch does with one trained weight."""
 
     def __init__(self, workshop: Workshop, name: str, shape: torch.Size, group: int, batch: int):
         self.name, self.group, self.batch = name, group, batch
         self.height, self.width = shape[0], math.prod(shape[1:])
-        self.anchor = torch.empty(0, device=workshop.device, requires_grad=True)
         self._workshop = workshop
         self._open = True
         self._rows: Tensor | None = None  # [B, p * d] float32, where they are kept
@@ -133,7 +128,7 @@ class WeightSink:
         if self._weights is not None:
             with full_precision():
                 if self._sum is None:
-                    self._sum = torch.zeros((self.height, self.width), device=self.anchor.device)
+                    self._sum = torch.zeros((self.height, self.width), device=self._workshop.device)
                 use.add_total(self._sum, self._weights != 0.0)
             return
         if self._squares is not None:
@@ -214,7 +209,7 @@ class WeightSink:
         if self._rows is not None:
             return self._bounded(self._workshop.squares(self._rows), ())
         if not self._uses:
-            return torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
+            return torch.zeros(self.batch, dtype=torch.float64, device=self._workshop.device)
         self._check()
         uses = [use for use, _ in self._uses]
         plans = [self.plan(use) for use in uses]
@@ -223,10 +218,10 @@ class WeightSink:
             _, vectors = self._tokens
             return self._workshop.squares(vectors.view(self.batch, -1))
         with full_precision():
-            if uses[0].factors(slice(0, 1)) is not None and all(plan in ("ghost", "tokens") for plan in plans):
+            if all(plan in ("ghost", "tokens") for plan in plans) and _of_one_kind(uses):
                 found = self._grams(uses)
             else:
-                found = torch.zeros(self.batch, dtype=torch.float64, device=self.anchor.device)
+                found = torch.zeros(self.batch, dtype=torch.float64, device=self._workshop.device)
                 for samples, _, rows in self._made():
                     found[samples] += self._workshop.squares(rows)
             return self._bounded(found, uses)
@@ -241,9 +236,10 @@ class WeightSink:
         error, terms = gamma(self._chain, 2.0**-24), self._terms
         room = gram_error(self.height, self.width, terms, terms > _LONG)
         below = gram_floor(self.height, self.width, terms, lefts, rights)
-        below = below + math.sqrt(self.height * self.width) * terms * 2.0**-149
+        below = below + math.sqrt(self.height * self.width) * terms * 2.0**-125
         norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + 2.0 * (error * largest + below)
-        squares: Tensor = norms.square()
+        # No element of a row, and no partial sum of one, is larger than M: beyond float32 it counts as not finite.
+        squares: Tensor = torch.where(largest < 2.0**126, norms.square(), math.inf)
         return squares
 
     def _note_sizes(self, uses: Sequence[Use]) -> None:
@@ -291,6 +287,12 @@ class WeightSink:
         """Forget everything; backwards that come later add nothing."""
         self._open, self._rows, self._tokens, self._sum = False, None, None, None
         self._uses.clear()
+
+
+def _of_one_kind(uses: Sequence[Use]) -> bool:
+    """Whether Grams of all uses can be paired: each has some, in as many groups."""
+    factors = [use.factors(slice(0, 1)) for use in uses]
+    return len({None if own is None else own.right.shape[1] for own in factors} - {None}) == 1 and None not in factors
 
 
 def _versions(use: Any) -> tuple[int, ...]:

@@ -39,7 +39,17 @@ class ConvTransposeLayer(BiasLayer):
 
 
 def _turned_use(grad: Tensor, inputs: Tensor, **geometry: Any) -> Use:
-    """The layer's weight gradient is that of a convolution of its output gradient, whose gradient is the input."""
+    """The layer's weight gradient is that of a convolution of its output gradient, whose gradient is the input.
+
+    Where output_padding made the output longer, the convolution has so much less padding at its end.
+    """
+    window, kernel = geometry["window"], geometry["kernel"]
+    sizes = zip(grad.shape[2:], inputs.shape[2:], *window[:3], kernel, strict=True)
+    more = [out - ((n - 1) * step - 2 * pad + spread * (size - 1) + 1) for out, n, step, pad, spread, size in sizes]
+    if any(more):
+        ends = zip(reversed(window.padding), reversed(more), strict=True)
+        grad = F.pad(grad, [side for pad, extra in ends for side in (pad, pad - extra)])
+        geometry["window"] = window._replace(padding=(0,) * len(kernel))
     return convolution_use(inputs, grad, **geometry)
 
 

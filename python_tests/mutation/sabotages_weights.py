@@ -6,6 +6,7 @@ from sabotage import Sabotage
 
 WEIGHTS, BOUNDS, REFUSED = "test_weights.py", "test_weight_bounds.py", "test_weight_refusals.py"
 STEP = f"{WEIGHTS}::test_a_step_equals_the_oracle"
+ATTACKS = "test_weight_attacks.py"
 GRID = f"{BOUNDS}::test_a_sample_adds_at_most_the_grid"
 
 WEIGHTS_ = (
@@ -100,6 +101,34 @@ WEIGHTS_ = (
         "    if trial.spread:\n        _require_copies_apart(trial, arrangements)\n",
         "",
         (f"{REFUSED}::test_what_samples_share_is_proven_to_reach_each_by_itself",),
+    ),
+    Sabotage(
+        "sums are made within autocast",
+        "_precision.py",
+        '        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):\n',
+        "        if True:\n",
+        (f"{ATTACKS}::test_a_step_within_autocast",),
+    ),
+    Sabotage(
+        "copies of every second sample alone are changed",
+        "layout.py",
+        "for digit in range((count - 1).bit_length())]",
+        "for digit in range(1)]",
+        (f"{ATTACKS}::test_copies_that_reach_other_samples",),
+    ),
+    Sabotage(
+        "copies are asked in evaluation mode alone",
+        "layout.py",
+        "(not any(m.training for m in trial.model.modules()) or apart())",
+        "True",
+        (f"{ATTACKS}::test_copies_that_reach_other_samples",),
+    ),
+    Sabotage(
+        "rows beyond float32 are summed",
+        "weights.py",
+        "torch.where(largest < 2.0**126, norms.square(), math.inf)",
+        "norms.square()",
+        (f"{ATTACKS}::test_rows_beyond_float32",),
     ),
     Sabotage(
         "a second backward takes samples that are left out along",
