@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -260,6 +261,8 @@ def main() -> None:
     else:
         for run in chosen:
             if not args.collect and not run.result.exists() and not (run.folder / "result.json").exists():
+                if not (run.folder / "checkpoint.pt").exists():  # stopped before its first checkpoint: begin anew
+                    shutil.rmtree(run.folder, ignore_errors=True)
                 subprocess.run([sys.executable, *run.command(str(args.data))], cwd=ROOT, check=True)
             run.collect(str(args.data))
 
