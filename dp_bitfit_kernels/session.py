@@ -388,13 +388,16 @@ class Session:
         scale = ledger.plan.sensitivity / (GRID * self.expected_batch_size)
         key, noise_std = self.keys.key_tensor(ledger.device), self.noise_multiplier * GRID
         arguments = (key, self._step, STREAM_NOISE)
-        release = torch.empty(ledger.width, dtype=torch.float32, device=ledger.device)
+        release: Tensor | None = None
         for first, total in ledger.sums():
             noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale)
             if len(total) == ledger.width:
                 release = noisy
-            else:
-                release[first : first + len(total)] = noisy
+                continue
+            if release is None:
+                release = torch.empty(ledger.width, dtype=torch.float32, device=ledger.device)
+            release[first : first + len(total)] = noisy
+        assert release is not None
         ledger.forget()
         return release if self._still is None else release.masked_fill_(self._still, 0.0)
 

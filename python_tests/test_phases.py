@@ -164,7 +164,7 @@ def test_a_phase_that_runs_longer_than_planned_says_so_and_all_of_them_exceed_th
         run.engine.next_phase()
         epochs(run, 1)  # 20 in all
         assert run.engine.get_epsilon(1e-3) <= 2.0
-    with pytest.warns(UserWarning, match="than the 4 releases that .* epsilon exceeds"):
+    with pytest.warns(UserWarning, match="than the 20 releases that .* epsilon exceeds"):
         epochs(run, 1)
     assert run.engine.get_epsilon(1e-3) > 2.0
 

@@ -234,7 +234,7 @@ def test_what_samples_share_is_proven_to_reach_each_by_itself(kind):
 def test_noise_reaches_every_element_of_a_weight():
     """Of all trained tensors, each element its own: no two of one size share it."""
     x = torch.zeros(2, 3, 6)
-    engine, model, optimizer, _ = trained(Twice(), x, sigma=1.0)
+    engine, model, optimizer, _ = trained(Twice(), x, sigma=1.0, engine=dpk.PrivacyEngine(unsafe_deterministic_seed=1))
     releases = []
     for _ in range(2):
         before = flat(model)
@@ -247,8 +247,8 @@ def test_noise_reaches_every_element_of_a_weight():
         assert (release != 0.0).all()
         parts = [part[: min(sizes)] for part in torch.split(release, sizes)]
         assert all(not torch.equal(a, b) for i, a in enumerate(parts) for b in parts[:i])
-        # Standard deviation 1 of the sum, divided by 2 samples.
-        assert 0.4 < float(torch.split(release, sizes)[0].std()) < 0.62
+    # Standard deviation 1 of the sum, divided by 2 samples.
+    assert 0.4 < float(torch.cat(releases).std()) < 0.6
     assert not torch.equal(*releases)
 
 
