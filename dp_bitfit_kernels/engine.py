@@ -116,7 +116,8 @@ class PrivacyEngine:
             pad_physical_batches: every physical batch exactly that large, with masked repeats; None: in secure mode.
             per_sample_norm: how the norm of a large weight's per-sample gradient is taken: ``"ghost"`` (from Gram
                 matrices), ``"instantiate"`` (the rows are made and kept) or ``"mixed"``, whichever is cheaper for the
-                weight and its input's shape. Biases and small weights have rows in any case.
+                weight and its input's shape. Biases and small weights have rows in any case, and so have all linear
+                weights of a compiled module.
             clipped_sum: how large weights' clipped gradients are summed: ``"book_keeping"``, of what one backward left,
                 or ``"second_backward"``, for comparison: its sensitivity is not proven. With ``per_sample_norm`` these
                 are the methods of the literature: instantiate + book_keeping is Opacus's, ghost or mixed +

@@ -57,17 +57,6 @@ def bias_grad(grad: Tensor, width: int, channels_first: bool = False, backend: s
     return backends.serving(backend, grad.device.type).bias_grad(view)
 
 
-def weight_grad(grad: Tensor, inputs: Tensor) -> Tensor:
-    """Per-sample gradient of a Linear weight: grad [B, ..., p], inputs [B, ..., d] -> [B, p * d] float32."""
-    batch, width, depth = grad.shape[0], grad.shape[-1], inputs.shape[-1]
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    g = grad.reshape(batch, -1, width).to(dtype)
-    a = inputs.reshape(batch, -1, depth).to(dtype)
-    if g.shape[1] == 1:
-        return (g.transpose(1, 2) * a).reshape(batch, -1)
-    return torch.bmm(g.transpose(1, 2), a).reshape(batch, -1)
-
-
 def deliver(ctx: Any, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the inputs 1 and 2 of a function, the bias and its leaf, from ``rows`` [B, p]: one of them, or none.
 
@@ -179,25 +168,3 @@ class SpreadFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_graph_of_rows()
         return None, grad.reshape(grad.shape[0], -1).float()
-
-
-class WeightGradFunction(torch.autograd.Function):
-    """Identity on ``output`` of a Linear; the backward gives ``rows`` [B, p * d] the per-sample weight gradients.
-
-    For weights small enough to have rows; it keeps the input, which any weight gradient needs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, rows: Tensor, kind: str | None) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.kind, ctx.batch = kind, rows.shape[0]
-        return pass_on(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_graph_of_rows()
-        (inputs,) = ctx.saved_tensors
-        if ctx.kind is not None:
-            rows = weight_grad(by_sample(grad, ctx.kind, ctx.batch), by_sample(inputs, ctx.kind, ctx.batch))
-            return grad, None, rows, None
-        return grad, None, weight_grad(grad, inputs), None

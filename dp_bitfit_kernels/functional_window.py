@@ -16,7 +16,7 @@ from torch import Tensor
 from ._backward import handed_over, is_channels_last, not_a_view, refuse_graph, saved
 from .functional import bias_grad, deliver, shape_of
 
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Window(NamedTuple):
@@ -71,7 +71,7 @@ class ConvFunction(torch.autograd.Function):
         if (bias is not None or rows is not None) and not torch.compiler.is_compiling():
             ctx.awaits, ctx.sums = (weight.shape[0], True), None
         ctx.save_for_backward(weight)
-        convolution = _CONVOLUTIONS[len(window.stride)]
+        convolution = CONVOLUTIONS[len(window.stride)]
         return convolution(x, weight, shift, window.stride, window.padding, window.dilation, window.groups)
 
     @staticmethod

@@ -28,26 +28,26 @@ def gamma(count: int, unit: float) -> float:
     return count * unit / (1.0 - count * unit) if count * unit < 0.5 else float("inf")
 
 
-def gram_error(height: int, width: int, terms: int, double: bool) -> float:
+def gram_error(height: int, width: int, pairs: int, double: bool) -> float:
     """e such that the squared norm that ``gram_sum`` gives is off by at most e M^2, M = sum_t |l_t| |r_t|.
 
     Each of the products in l_s . l_t, p of them, and r_s . r_t, d of them, passes at most BLOCK + p / BLOCK roundings
-    to float32 (float64 where ``double``), the product of both one more, the sum of the T^2 such products T^2 to
-    float64; and the moduli of all of these products add up to at most M^2 (Cauchy-Schwarz). For what float32 rounds
-    below its normal range see ``gram_floor``.
+    to float32 (float64 where ``double``), the product of both one more, the sum over all ``pairs`` of terms,
+    T^2 a group, as many to float64; and the moduli of all of these products add up to at most M^2 (Cauchy-Schwarz).
+    For what float32 rounds below its normal range see ``gram_floor``.
     """
     chain = sum(min(n, BLOCK) + -(-n // BLOCK) + 1 for n in (height, width)) + 1
-    first, second = gamma(chain, 2.0**-53 if double else 2.0**-24), gamma(terms * terms + 4, 2.0**-53)
+    first, second = gamma(chain, 2.0**-53 if double else 2.0**-24), gamma(pairs + 4, 2.0**-53)
     return first + second + first * second
 
 
-def gram_floor(height: int, width: int, terms: int, lefts: Tensor, rights: Tensor) -> Tensor:
+def gram_floor(height: int, width: int, pairs: int, lefts: Tensor, rights: Tensor) -> Tensor:
     """What underflow can take from the norm besides; lefts, rights [B] float64: sums of |l_t| and |r_t|.
 
     A product below 2^-126 may be flushed to zero: l_s . l_t is off by p 2^-126, which r_s . r_t multiplies, and the
     other way round, and the product of both by 2^-126. Summed over s and t, and the root taken.
     """
-    rest = terms * (1.0 + 2.0**-62 * math.sqrt(height * width))
+    rest = math.sqrt(pairs) * (1.0 + 2.0**-62 * math.sqrt(height * width))
     return 2.0**-62 * (math.sqrt(height) * rights + math.sqrt(width) * lefts + rest)
 
 

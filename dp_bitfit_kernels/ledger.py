@@ -101,6 +101,7 @@ class Ledger:
         self.total = torch.zeros(self.row_width, dtype=torch.int64, device=self.device)
         self._sums: list[Tensor | None] = [None] * len(self.sunk)  # of the others, where the draw has some
         self._keep_sums = False
+        self._still = self._find_still()
         self.privacy_statement: object = None
         offsets, self._groups = grouped(self.entries, plan)
         self._offsets = torch.tensor(offsets, dtype=torch.int64, device=self.device)
@@ -122,14 +123,34 @@ class Ledger:
         for layer in self.layers:
             layer.attachment = self
 
-    def still(self) -> Tensor | None:
+    def _find_still(self) -> Tensor | None:
         """[P] bool: elements whose release is dropped. Which they are depends on no data, so that nothing is spent."""
         mask = torch.zeros(self.width, dtype=torch.bool, device=self.device)
         for entry in self.entries:
             mask[entry.still] = True
         return mask if any(entry.still.stop > entry.still.start for entry in self.entries) else None
 
-    def sums(self) -> Iterator[tuple[int, Tensor]]:
+    def release(self, key: Tensor, step: Tensor, stream: int, noise_std: float, scale: float) -> Tensor:
+        """Noise on the sum of the draw, which is then forgotten -> [P] float32: scale * (S + round(noise_std z)).
+
+        Args:
+            key, step, stream: of the op ``noisy_sum``; element n of the ledger takes block n, whatever part it is in.
+        """
+        arguments = (key, step, stream)
+        release: Tensor | None = None
+        for first, total in self._parts():
+            noisy = self.backend.noisy_sum(total, *arguments, first, noise_std, scale)
+            if len(total) == self.width:
+                release = noisy
+                continue
+            if release is None:
+                release = torch.empty(self.width, dtype=torch.float32, device=self.device)
+            release[first : first + len(total)] = noisy
+        assert release is not None
+        self.forget()
+        return release if self._still is None else release.masked_fill_(self._still, 0.0)
+
+    def _parts(self) -> Iterator[tuple[int, Tensor]]:
         """The integer sum of the draw by parts: the first of their elements, and the part [n] int64."""
         if self.dense:
             yield 0, self.total

@@ -75,7 +75,6 @@ class Session:
         self.proofs = Proofs(model, ledger.layers)
         self._reach_checked = False
         self._warned: set[str] = set()
-        self._still = ledger.still()
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -387,19 +386,7 @@ class Session:
         self._step.add_(1)
         scale = ledger.plan.sensitivity / (GRID * self.expected_batch_size)
         key, noise_std = self.keys.key_tensor(ledger.device), self.noise_multiplier * GRID
-        arguments = (key, self._step, STREAM_NOISE)
-        release: Tensor | None = None
-        for first, total in ledger.sums():
-            noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale)
-            if len(total) == ledger.width:
-                release = noisy
-                continue
-            if release is None:
-                release = torch.empty(ledger.width, dtype=torch.float32, device=ledger.device)
-            release[first : first + len(total)] = noisy
-        assert release is not None
-        ledger.forget()
-        return release if self._still is None else release.masked_fill_(self._still, 0.0)
+        return ledger.release(key, self._step, STREAM_NOISE, noise_std, scale)
 
     @property
     def noise_steps(self) -> int:

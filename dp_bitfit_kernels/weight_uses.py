@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional_window import Window
+from .functional_window import CONVOLUTIONS, Window
 from .grams import Factors, wide
 
 # Convolutions on a CPU: elements of a sample's gradient up to which the samples go through one call, and positions up
@@ -33,6 +33,10 @@ class Use(Protocol):
     @property
     def terms(self) -> int:
         """T, the outer products of a sample."""
+
+    @property
+    def groups(self) -> int:
+        """Parts of the weight that have T outer products each."""
 
     @property
     def chain(self) -> int:
@@ -83,7 +87,7 @@ class Product:
     right: Tensor
     first: int = 0
 
-    worth = 1
+    worth = groups = 1
 
     @property
     def batch(self) -> int:
@@ -163,6 +167,10 @@ class Convolution:
         return math.prod(self.grad.shape[2:])
 
     @property
+    def groups(self) -> int:
+        return self.window.groups
+
+    @property
     def chain(self) -> int:
         return self.terms + 1
 
@@ -172,7 +180,7 @@ class Convolution:
 
     def rows(self, samples: slice, part: slice) -> Tensor:
         grad, input = wide(self.grad[samples]), wide(self.input[samples])
-        batch, p, groups = grad.shape[0], grad.shape[1], self.window.groups
+        batch, p, groups = grad.shape[0], grad.shape[1], self.groups
         shape = (p, input.shape[1] // groups, *self.kernel)
         if batch == 0 or grad.numel() == 0:
             return grad.new_zeros((batch, p, math.prod(shape[1:])), dtype=torch.float32)
@@ -209,26 +217,24 @@ class Convolution:
 
     def add_total(self, out: Tensor, keep: Tensor) -> None:
         grad, input = wide(_kept(self.grad, keep)), wide(_kept(self.input, keep))
-        groups = self.window.groups
         if grad.numel():
-            shape = (grad.shape[1], input.shape[1] // groups, *self.kernel)
-            out += self._weight_grad(grad, input, shape, groups).reshape(out.shape)
+            shape = (grad.shape[1], input.shape[1] // self.groups, *self.kernel)
+            out += self._weight_grad(grad, input, shape, self.groups).reshape(out.shape)
 
     def sizes(self) -> tuple[Tensor, Tensor, Tensor]:
-        groups, batch = self.window.groups, self.batch
+        groups, batch = self.groups, self.batch
         left = lengths(self.grad.reshape(batch, groups, -1, max(1, self.terms)), 2)  # [B, g, T]
         squares = self.input.reshape(batch, groups, -1, *self.input.shape[2:]).double().square().sum(2)
         ones = squares.new_ones((groups, 1, *self.kernel))
-        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
         stride, padding, dilation, _ = self.window
-        right: Tensor = convolution(squares, ones, None, stride, padding, dilation, groups).clamp_(min=0).sqrt()
-        right = right.flatten(2)[:, :, : left.shape[2]]
+        summed = CONVOLUTIONS[len(self.kernel)](squares, ones, None, stride, padding, dilation, groups)
+        right = summed.clamp_(min=0).sqrt().flatten(2)[:, :, : left.shape[2]]
         return (left * right).sum((1, 2)), left.sum((1, 2)), right.sum((1, 2))
 
     def factors(self, samples: slice) -> Factors | None:
         if len(self.kernel) > 2:
             return None
-        input, grad, groups = wide(self.input[samples]), self.grad[samples], self.window.groups
+        input, grad, groups = wide(self.input[samples]), self.grad[samples], self.groups
         stride, padding, dilation, kernel = *self.window[:3], self.kernel
         if len(kernel) == 1:
             input, kernel = input.unsqueeze(2), (1, *kernel)
@@ -254,6 +260,10 @@ class Folded:
     @property
     def terms(self) -> int:
         return self.of.terms * self.windows
+
+    @property
+    def groups(self) -> int:
+        return self.of.groups
 
     @property
     def chain(self) -> int:
@@ -286,7 +296,7 @@ class Lookup:
     ids: Tensor
     grad: Tensor
 
-    worth = 1
+    worth = groups = 1
 
     @property
     def batch(self) -> int:

@@ -101,7 +101,7 @@ class WeightSink:
         self._uses: list[tuple[Use, tuple[int, ...]]] = []  # with the versions of their tensors
         self._tokens: tuple[Tensor, Tensor] | None = None
         self._sizes: Tensor | None = None  # [3, B], of all uses whose sizes were taken
-        self._chain, self._terms = 0, 0
+        self._chain, self._terms, self._groups = 0, 0, 1
         self._exact = False  # whether the norms of kept rows are given as they are
         self.calls = 0  # forwards that will come by, as far as they are known
         self._squares: Tensor | None = None  # [B], where they are taken as soon as the gradient comes
@@ -234,8 +234,9 @@ class WeightSink:
         assert self._sizes is not None
         largest, lefts, rights = (self._sizes * _INFLATED).unbind(0)
         error, terms = gamma(self._chain, 2.0**-24), self._terms
-        room = gram_error(self.height, self.width, terms, terms > _LONG)
-        below = gram_floor(self.height, self.width, terms, lefts, rights)
+        pairs = self._groups * terms * terms
+        room = gram_error(self.height, self.width, pairs, terms > _LONG)
+        below = gram_floor(self.height, self.width, pairs, lefts, rights)
         below = below + math.sqrt(self.height * self.width) * terms * 2.0**-125
         norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + 2.0 * (error * largest + below)
         # No element of a row, and no partial sum of one, is larger than M: beyond float32 it counts as not finite.
@@ -248,6 +249,7 @@ class WeightSink:
             self._sizes = own if self._sizes is None else self._sizes + own
             self._chain += use.chain
             self._terms += use.terms
+            self._groups = max(self._groups, use.groups)
 
     def _grams(self, uses: list[Use]) -> Tensor:
         """``gram_sum`` of all samples, a few at a time."""

@@ -31,14 +31,14 @@ def contribution(model: nn.Module, inputs: Tensor, left: Tensor, norm: str, boun
     """Norm of what one sample adds to the integer sum, over GRID; ``left`` is the gradient of the output."""
     engine, model, optimizer, _ = trained(model, inputs, bound=bound, per_sample_norm=norm)
     ledger, lengths = engine._session.ledger, []
-    sums = ledger.sums
+    parts = ledger._parts
 
     def seen():  # type: ignore[no-untyped-def]
-        own = list(sums())
+        own = list(parts())
         lengths.append(sum(int(v) ** 2 for _, total in own for v in total[total != 0].tolist()) ** 0.5)
         return iter(own)
 
-    ledger.sums = seen
+    ledger._parts = seen
     with engine.batch(1):
         if cast is None:
             (model(inputs) * left).sum().backward()

@@ -262,4 +262,4 @@ def test_a_broken_draw_leaves_nothing_in_the_weights():
         break
     assert any(own is not None and own.any() for own in engine._session.ledger._sums)
     engine._session.abandon()
-    assert all(not total.any() for _, total in engine._session.ledger.sums())
+    assert all(not total.any() for _, total in engine._session.ledger._parts())

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arrangement import by_sample
-from ..functional import WeightGradFunction, apply
 from ..weight_uses import Product
 from .base import BiasLayer, LayerKind, register, register_lazy
 
@@ -25,12 +24,7 @@ class LinearLayer(BiasLayer):
         if input.dim() < 2 and self.unbatched():
             return super().forward(input)
         output = F.linear(input, self.plain_weight(), self.plain_bias())
-        if self.weight_rows is not None and self.private_weight and self.recording():
-            self.check_rows(output)
-            output = apply(WeightGradFunction, output, input.detach(), self.weight_rows, self.kind)
-        else:
-            output = self.weighed(output, input, linear_use)
-        return self.tap(output)
+        return self.tap(self.weighed(output, input, linear_use))
 
 
 class Conv1DLayer(BiasLayer):

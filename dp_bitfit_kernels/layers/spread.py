@@ -7,9 +7,7 @@ whether a copy reaches its own sample alone, is asked by the proof of the layout
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +15,8 @@ from torch import Tensor, nn
 
 from .._selection import what_is
 from ..functional import SpreadFunction, apply
-from .base import BiasLayer, LayerKind
+from .base import LayerKind
+from .below import LayerWithBelow
 from .standing_in import standing_in
 
 
@@ -39,41 +38,30 @@ class Copies:
         return torch.where(mask, copies + change, copies)
 
 
-class SpreadLayer(BiasLayer):
+class SpreadLayer(LayerWithBelow):
     """Mixin in front of any class that owns parameters [1, ...]: its own forward, with their copies in their places.
 
     Attributes:
-        leaves: name -> leaf [B, p] of the open batch.
         trial_copies: what a trial asks for.
     """
 
     keeps_name = True
-    leaves: Mapping[str, Tensor] = MappingProxyType({})
     trial_copies: Copies | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.trial_copies is not None:
-            copies = {name: self.trial_copies.of(self.own(name)) for name in sorted(self.trained)}
+            copies = {name: self.trial_copies.of(self._value(name)) for name in sorted(self.trained)}
         elif self.attachment is not None and self.recording():
-            copies = {name: apply(SpreadFunction, self.own(name)[0], leaf) for name, leaf in self.leaves.items()}
+            copies = {name: apply(SpreadFunction, self._value(name)[0], leaf) for name, leaf in self.leaves.items()}
         else:
             return super().forward(*args, **kwargs)
         with standing_in([([(self, name)], copy) for name, copy in copies.items()]):
             return super().forward(*args, **kwargs)
 
-    def own(self, name: str) -> Tensor:
+    def _value(self, name: str) -> Tensor:
         parameter = self.trained_parameter(name)
         assert parameter is not None
         return parameter.detach()
-
-    def set_leaf(self, name: str, leaf: Tensor) -> None:
-        self.__dict__.setdefault("leaves", {})[name] = leaf
-
-    def drop_leaves(self) -> None:
-        self.__dict__.pop("leaves", None)
-
-    def open_batch(self) -> int | None:
-        return next((leaf.shape[0] for leaf in self.leaves.values()), None)
 
 
 def find(module: nn.Module) -> LayerKind | None:

@@ -16,7 +16,7 @@ NO_FRESH_DRAW = (
 NOISE = (
     Sabotage(
         "noise is halved",
-        "session.py",
+        "ledger.py",
         "*arguments, first, noise_std, scale)",
         "*arguments, first, noise_std / 2, scale)",
         (CANARY,),
@@ -79,14 +79,14 @@ NOISE = (
     ),
     Sabotage(
         "noise is that of one layer's bound",
-        "session.py",
+        "ledger.py",
         "*arguments, first, noise_std, scale)",
-        "*arguments, first, noise_std * ledger.plan.bounds[0] / ledger.plan.sensitivity, scale)",
+        "*arguments, first, noise_std * self.plan.bounds[0] / self.plan.sensitivity, scale)",
         (f"{AUDIT}::test_every_way_to_clip_and_reduce_shows_the_same",),
     ),
     Sabotage(
         "noise is three percent short",
-        "session.py",
+        "ledger.py",
         "*arguments, first, noise_std, scale)",
         "*arguments, first, noise_std * 0.97, scale)",
         (CANARY,),
@@ -114,16 +114,16 @@ NOISE = (
     ),
     Sabotage(
         "a sum of zero gets no noise",
-        "session.py",
+        "ledger.py",
         "*arguments, first, noise_std, scale)",
         "*arguments, first, noise_std if total.any() else 0.0, scale)",
         (f"{GUARANTEES}::test_only_trained_parameters_move_and_all_of_them",),
     ),
     Sabotage(
         "a released sum is released again",
-        "session.py",
-        "        ledger.forget()\n",
-        "",
+        "ledger.py",
+        "        self.forget()\n        return release",
+        "        return release",
         (f"{RESUME}::test_a_released_sum_is_gone",),
     ),
     Sabotage(

@@ -27,8 +27,8 @@ WEIGHTS_ = (
     Sabotage(
         "the room that is left goes by the plan",
         "weights.py",
-        "        room = gram_error(self.height, self.width, terms, terms > _LONG)\n",
-        "        room = 0.0 if self._rows is not None else gram_error(self.height, self.width, terms, False)\n",
+        "        room = gram_error(self.height, self.width, pairs, terms > _LONG)\n",
+        "        room = 0.0 if self._rows is not None else gram_error(self.height, self.width, pairs, False)\n",
         (f"{BOUNDS}::test_the_length_of_others_moves_no_factor",),
     ),
     Sabotage(
@@ -54,16 +54,16 @@ WEIGHTS_ = (
     ),
     Sabotage(
         "weights without rows get no noise",
-        "session.py",
-        "noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale)",
-        "noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std if first == 0 else 0.0, scale)",
+        "ledger.py",
+        "noisy = self.backend.noisy_sum(total, *arguments, first, noise_std, scale)",
+        "noisy = self.backend.noisy_sum(total, *arguments, first, noise_std if first == 0 else 0.0, scale)",
         (f"{REFUSED}::test_noise_reaches_every_element_of_a_weight",),
     ),
     Sabotage(
         "weights without rows share the noise of the rest",
-        "session.py",
-        "noisy = ledger.backend.noisy_sum(total, *arguments, first, noise_std, scale)",
-        "noisy = ledger.backend.noisy_sum(total, *arguments, 0, noise_std, scale)",
+        "ledger.py",
+        "noisy = self.backend.noisy_sum(total, *arguments, first, noise_std, scale)",
+        "noisy = self.backend.noisy_sum(total, *arguments, 0, noise_std, scale)",
         (f"{REFUSED}::test_noise_reaches_every_element_of_a_weight",),
     ),
     Sabotage(
