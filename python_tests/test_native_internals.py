@@ -108,6 +108,19 @@ def test_words_and_normals_do_not_depend_on_the_width(internals: ModuleType, isa
     assert internals.normals(isa, KEY, nonce, first, blocks) == drawn
 
 
+@pytest.mark.parametrize("largest", [2**40, 2**50 - 2**46, 2**51, 2**62])
+def test_add_noise(internals: ModuleType, isa: str, largest: int) -> None:
+    """Sums that a float64 holds exactly, and those that it does not: both are integers until they are scaled."""
+    generator = torch.Generator().manual_seed(4)
+    total = torch.randint(-largest, largest, (1003,), generator=generator)
+    total[:2] = torch.tensor([largest, -largest])
+    z = torch.randn(1003, generator=generator, dtype=torch.float64)
+    noise_std, scale, out = 2.0**40, 1.0 / 3.0, torch.full((1003,), torch.nan)
+    internals.add_noise(isa, out.data_ptr(), total.data_ptr(), z.data_ptr(), 1003, noise_std, scale)
+    sums = total + (z * noise_std + 0.5).floor().to(torch.int64)
+    assert torch.equal(out, (sums.double() * scale).float())
+
+
 PLANS = [
     ((16, 128, 1024, 1024, 1, 4), "features_last", 1024, 1, "one tile a sample"),
     ((16, 128, 1030, 1030, 1, 4), "features_last", 1024, 1, "6 columns more join the tile"),

@@ -1,4 +1,4 @@
-// Norms and the rounded sum of clipped rows.
+// Norms, the rounded sum of clipped rows, and its release.
 
 // A square of a float32 is exact in float64. 16 lanes, whatever the width.
 double sum_of_squares(const float* in, int64_t count) {
@@ -25,9 +25,13 @@ constexpr double kRoundable = 0x1p51;
 
 // floor(x) as an integer, |x| < 2^51.
 DPK_INLINE vl floor_to_integer(vd x) {
+#if defined(__AVX2__)
+  return as<vl>(vd(vd(_mm256_floor_pd(x)) + kRounder)) - as<vl>(splat(kRounder));
+#else
   const vd nearest = (x + kRounder) - kRounder;
   const vl above = nearest > x;  // -1 where the nearest integer lies above x
   return (as<vl>(vd(nearest + kRounder)) - as<vl>(splat(kRounder))) + above;
+#endif
 }
 
 // As torch converts: what an int64 cannot hold becomes the smallest one.
@@ -72,5 +76,25 @@ void add_rounded(int64_t* total, const float* in, int64_t count, double factor) 
       }
     }
     for (; c < end; ++c) add_to(total[c], floor_to_integer(double(in[c]) * factor + 0.5));
+  }
+}
+
+// An integer of |value| < 2^51 as float64, exactly.
+DPK_INLINE vd to_double(vl value) { return as<vd>(vl(value + as<vl>(splat(kRounder)))) - kRounder; }
+
+void add_noise(float* out, const int64_t* total, const double* z, int64_t count, double noise_std, double scale) {
+  int64_t c = 0;
+  vl outside = {};  // stays 0 where all sums are below 2^50
+  for (; c + D <= count; c += D) {
+    const vl sum = dpk_load<vl>(total + c) + floor_to_integer(vd(dpk_load<vd>(z + c) * noise_std + 0.5));
+    outside |= vl(sum + (int64_t(1) << 50)) & ~vl(vl{} + ((int64_t(1) << 51) - 1));
+    dpk_store(out + c, __builtin_convertvector(vd(to_double(sum) * scale), vfd));
+  }
+  int64_t any = 0;
+  for (int i = 0; i < D; ++i) any |= outside[i];
+  for (c = any == 0 ? c : 0; c < count; ++c) {
+    int64_t sum = total[c];
+    add_to(sum, floor_to_integer(noise_std * z[c] + 0.5));
+    out[c] = float(double(sum) * scale);
   }
 }

@@ -36,8 +36,11 @@ struct Kernels {
 
   // out[8 * i + w] = 64-bit word w of block first_block + i, i < blocks
   void (*words)(uint64_t* out, const ChaChaInput& input, uint64_t first_block, int64_t blocks);
-  // out[8 * i + e] = standard normal e of block first_block + i, i < blocks
+  // out[8 * i + e] = standard normal e of block first_block + i, i < blocks, rounded up to 8
   void (*normals)(double* out, const ChaChaInput& input, uint64_t first_block, int64_t blocks);
+
+  // out[c] = (total[c] + floor(noise_std * z[c] + 0.5)) * scale, c < count; |noise_std * z[c]| < 2^51
+  void (*add_noise)(float* out, const int64_t* total, const double* z, int64_t count, double noise_std, double scale);
 
   const BackwardKernels* backward;
 };

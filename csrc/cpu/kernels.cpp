@@ -2,10 +2,11 @@
 // of one built for a wide processor must not be the one that a narrow processor runs.
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/isa.h"
 #include "plan.h"
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -18,6 +19,7 @@ namespace {
 #include "cpu/bias_grad_kernel.h"
 #include "cpu/clip_kernel.h"
 #include "cpu/chacha20.h"
+#include "cpu/four.h"
 #include "cpu/normal.h"
 
 }  // namespace
@@ -36,6 +38,7 @@ const Kernels table = {
     add_rounded,
     words,
     normals,
+    add_noise,
     &backward_table,
 };
 

@@ -11,12 +11,6 @@ namespace {
 
 constexpr int64_t kBlocks = 32;  // key-stream blocks made at once: 256 words
 
-// |x| < 2^63
-inline int64_t floor_to_integer(double x) {
-  const auto truncated = static_cast<int64_t>(x);
-  return truncated - (static_cast<double>(truncated) > x);
-}
-
 // Calls use(words, first word's place in the output, how many) for consecutive pieces of words first ... first + count.
 template <class Number, class Make, class Use>
 void for_key_stream(int64_t first, int64_t count, Make make, Use use) {
@@ -69,11 +63,7 @@ Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int
       first, count,
       [&](double* normals, uint64_t block, int64_t blocks) { loops.normals(normals, input, block, blocks); },
       [&](const double* z, int64_t at, int64_t pieces) {
-        for (int64_t i = 0; i < pieces; ++i) {
-          const int64_t noise = floor_to_integer(noise_std * z[i] + 0.5);
-          const auto sum = static_cast<int64_t>(static_cast<uint64_t>(in[at + i]) + static_cast<uint64_t>(noise));
-          out[at + i] = static_cast<float>(static_cast<double>(sum) * scale);
-        }
+        loops.add_noise(out + at, in + at, z, pieces, noise_std, scale);
       });
   return result;
 }

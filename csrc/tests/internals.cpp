@@ -87,9 +87,16 @@ PYBIND11_MODULE(_dp_bitfit_native_internals, m) {
   });
   m.def("normals", [](const std::string& isa, const std::array<uint32_t, 8>& key,
                       const std::array<uint32_t, 3>& nonce, uint64_t first_block, int64_t blocks) {
-    std::vector<double> out(8 * blocks);
+    std::vector<double> out(8 * ((blocks + 7) / 8 * 8));
     named(isa).normals(out.data(), chacha(key, nonce), first_block, blocks);
+    out.resize(8 * blocks);
     return out;
+  });
+
+  m.def("add_noise", [](const std::string& isa, uintptr_t out, uintptr_t total, uintptr_t z, int64_t count,
+                        double noise_std, double scale) {
+    named(isa).add_noise(reinterpret_cast<float*>(out), reinterpret_cast<const int64_t*>(total),
+                         reinterpret_cast<const double*>(z), count, noise_std, scale);
   });
 
   // Reads memory once on torch's own threads; returns the fold, so that nothing is optimised away.
