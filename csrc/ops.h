@@ -20,6 +20,8 @@ void clipped_sum_(const Tensor& total, const Tensor& rows, const Tensor& offsets
 Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
                  double noise_std, double scale);
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64_t first, int64_t count);
+// On a CPU alone: elsewhere the libraries make Gram matrices faster.
+Tensor ghost_squares(const Tensor& left, const Tensor& right);
 
 // What keeps little for backward.
 Tensor pack_bits(const Tensor& mask);

@@ -47,6 +47,8 @@ class Backend:
     layer_norm_grad: Callable[..., tuple[Tensor, Tensor]]
     group_norm_grad: Callable[..., tuple[Tensor, Tensor]]
     affine_grad: Callable[..., tuple[Tensor, Tensor]]
+    # Compiled for CPUs alone: elsewhere the libraries make Gram matrices faster, and ``grams`` does not come here.
+    ghost_squares: Callable[[Tensor, Tensor], Tensor] = reference.ghost_squares
 
 
 def _from(name: str, *sources: Any) -> Backend:

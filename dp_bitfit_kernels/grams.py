@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .backends import Backend
+
 BLOCK = 128
 
 
@@ -65,11 +67,15 @@ class Factors:
         return Factors(left, self.right.double(), self.first)
 
 
-def gram_sum(factors: Sequence[Factors], at_once: int) -> Tensor:
+def gram_sum(factors: Sequence[Factors], at_once: int, backend: Backend) -> Tensor:
     """|G_i|^2 of all uses together -> [b] float64; infinite or NaN where a product of lengths leaves float32 (1e38).
 
-    at_once: elements of a Gram matrix that are made at a time.
+    at_once: elements of a Gram matrix that are made at a time, where an op of the backend does not make them.
     """
+    if len(factors) == 1 and _fits(factors[0]):
+        left, right = (x.flatten(0, 1) for x in (factors[0].left, factors[0].right))
+        left, right = (x if x.stride(2) == 1 else x.contiguous() for x in (left, right))
+        return backend.ghost_squares(left, right).view(factors[0].left.shape[:2]).sum(1)
     total = torch.zeros((), dtype=torch.float64, device=factors[0].right.device)
     for number, one in enumerate(factors):
         for other in factors[number:]:
@@ -88,6 +94,11 @@ def gram_sum(factors: Sequence[Factors], at_once: int) -> Tensor:
                     part = part - products[..., : rows.stop - start].sum((1, 2, 3), dtype=torch.float64)
             total = total + part
     return total
+
+
+def _fits(own: Factors) -> bool:
+    """Whether the op ``ghost_squares`` takes it; on other devices libraries are faster."""
+    return own.right.device.type == "cpu" and own.left.dtype == own.right.dtype == torch.float32
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:

@@ -240,6 +240,15 @@ def _quarter_round(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
         z.bitwise_right_shift_(32 - bits).bitwise_or_(high).bitwise_and_(_MASK32)
 
 
+def ghost_squares(left: Tensor, right: Tensor) -> Tensor:
+    """|sum_t left_t right_t^T|^2 of each sample by its Gram matrices: left [B, T, p], right [B, T, d] -> [B] float64."""
+    check_one_device("ghost_squares", left, right)
+    if left.dim() != 3 or right.dim() != 3 or left.shape[:2] != right.shape[:2]:
+        raise OpError(f"ghost_squares: left {tuple(left.shape)} and right {tuple(right.shape)} must be [B, T, ...]")
+    products = (left @ left.transpose(1, 2)) * (right @ right.transpose(1, 2))
+    return products.sum((1, 2), dtype=torch.float64)
+
+
 def noisy_sum(
     total: Tensor, key: Tensor, step: Tensor, stream: int, first: int, noise_std: float, scale: float
 ) -> Tensor:

@@ -260,7 +260,8 @@ class WeightSink:
         for start in range(0, self.batch, step):
             samples = slice(start, min(start + step, self.batch))
             factors = [own for use in uses if (own := use.factors(samples)) is not None]
-            parts.append(gram_sum([own.double() if terms > _LONG else own for own in factors], self._workshop.at_once))
+            factors = [own.double() if terms > _LONG else own for own in factors]
+            parts.append(gram_sum(factors, self._workshop.at_once, self._workshop.backend))
         return torch.cat(parts)
 
     def add_clipped(self, total: Tensor, factors: Tensor) -> None:

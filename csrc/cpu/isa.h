@@ -31,6 +31,12 @@ struct Kernels {
   // sum of in[c]^2, c < count, in float64
   double (*sum_of_squares)(const float* in, int64_t count);
 
+  // Of the sum over s, t < steps of (l_s . l_t)(r_s . r_t), the pairs whose smaller one lies in first ... first +
+  // ghost_rows - 1; l_t = left[t * left_stride] of `width`, r_t = right[t * right_stride] of `depth` elements.
+  double (*ghost_squares)(const float* left, int64_t left_stride, int64_t width, const float* right,
+                          int64_t right_stride, int64_t depth, int64_t steps, int64_t first);
+  int64_t ghost_rows;
+
   // total[c] += floor(double(in[c]) * factor + 0.5), c < count
   void (*add_rounded)(int64_t* total, const float* in, int64_t count, double factor);
 

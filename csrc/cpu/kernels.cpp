@@ -18,6 +18,7 @@ namespace {
 
 #include "cpu/bias_grad_kernel.h"
 #include "cpu/clip_kernel.h"
+#include "cpu/ghost_squares_kernel.h"
 #include "cpu/chacha20.h"
 #include "cpu/four.h"
 #include "cpu/normal.h"
@@ -35,6 +36,8 @@ const Kernels table = {
     {channels_first<Float32>, channels_first<BFloat16>, channels_first<Float16>},
     {strided<Float32>, strided<BFloat16>, strided<Float16>},
     sum_of_squares,
+    ghost_squares,
+    kGhostRows,
     add_rounded,
     words,
     normals,

@@ -2,11 +2,13 @@
 #include <Python.h>
 
 #include "cpu/isa.h"
+#include "ops.h"
 #include "register.h"
 
 STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CPU, m) {
   dpk::register_ops(m);
   dpk::register_backward_ops(m);
+  m.impl("ghost_squares", TORCH_BOX(&dpk::ghost_squares));
 }
 
 PyMODINIT_FUNC PyInit__C() {
