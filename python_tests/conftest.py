@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from recorded import RecordedGraph
 
-from dp_bitfit_kernels import capture
+from dp_bitfit_kernels import capture, entries
 
 
 @pytest.fixture
@@ -14,3 +14,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
     monkeypatch.setitem(capture.GRAPHS, "cpu", RecordedGraph)
     monkeypatch.setattr(RecordedGraph, "captures", 0)
     return RecordedGraph
+
+
+@pytest.fixture
+def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also small weights have no rows in the ledger."""
+    monkeypatch.setattr(entries, "LARGEST_ROWS", 0)

@@ -7,24 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from attach import attach, flat
+from attach import flat
 from torch import Tensor, nn
+from weight_cases import NORMS, trained
 
 import dp_bitfit_kernels as dpk
-from dp_bitfit_kernels import entries
 from dp_bitfit_kernels.clipping import GRID
 
-NORMS = ("mixed", "ghost", "instantiate")
-
-
-@pytest.fixture(autouse=True)
-def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries, "LARGEST_ROWS", 0)
-
-
-def trained(model: nn.Module, x: Tensor, **options: object):  # type: ignore[no-untyped-def]
-    dpk.convert_model(model, train_modules=("*",))
-    return attach(model, x, torch.arange(len(x)) % 3, **options)
+pytestmark = pytest.mark.usefixtures("no_rows")
 
 
 def contribution(model: nn.Module, inputs: Tensor, left: Tensor, norm: str, bound: float, cast: object = None) -> float:

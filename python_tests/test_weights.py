@@ -12,20 +12,10 @@ import torch.nn.functional as F
 from attach import attach, flat, names_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from weight_cases import CASES, Twice, WeightCase
+from weight_cases import CASES, METHODS, NORMS, Twice, WeightCase
 
 import dp_bitfit_kernels as dpk
-from dp_bitfit_kernels import entries
 from dp_bitfit_kernels.clipping import GRID
-
-NORMS = ("mixed", "ghost", "instantiate")
-METHODS = [(norm, total) for norm in NORMS for total in ("book_keeping", "second_backward")]
-
-
-@pytest.fixture
-def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also small weights have no rows in the ledger."""
-    monkeypatch.setattr(entries, "LARGEST_ROWS", 0)
 
 
 def full(case: WeightCase, x: Tensor, bound: float, **options: object):  # type: ignore[no-untyped-def]
