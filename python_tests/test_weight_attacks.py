@@ -151,20 +151,35 @@ def test_tables_as_long_as_the_batch(batches):
         torch.testing.assert_close(before - flat(model), want, rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_mixing_behind_masked_scores(masked):
-    class Centred(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(6, 4)
+class Centred(nn.Module):
+    """Scores less their mean over the batch, some of them masked, beside 40 that are scaled by ``beside``."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            scores = self.inner(x)
-            scores = scores - scores.mean(0)
-            return scores.masked_fill(torch.tensor([False, False, False, True]), -1e9) if masked else scores
+    def __init__(self, masked: int, mask: float, beside: float) -> None:
+        super().__init__()
+        self.inner, self.others = nn.Linear(6, 4), nn.Linear(6, 40)
+        self.masked, self.mask, self.beside = torch.arange(4) >= 4 - masked, mask, beside
 
-    engine, model, _, _ = trained(Centred(), torch.randn(7, 6))
-    with pytest.raises(dpk.BatchLayoutError), engine.batch(7):
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.inner(x)
+        scores = (scores - scores.mean(0)).masked_fill(self.masked, self.mask)
+        return torch.cat([scores, self.beside * self.others(x)], 1) if self.beside else scores
+
+
+@pytest.mark.parametrize(
+    "masked, mask, beside",
+    [
+        (0, 0.0, 0.0),
+        (1, -1e9, 0.0),
+        (3, -1e9, 0.0),  # most are
+        (3, torch.finfo(torch.float32).min, 0.0),
+        (1, -torch.inf, 0.0),
+        (0, 0.0, 1e-6),  # most are so small that scores look like masks
+        (1, -1e9, 1e-6),
+    ],
+)
+def test_mixing_behind_masked_scores(masked, mask, beside):
+    engine, model, _, _ = trained(Centred(masked, mask, beside), torch.randn(7, 6))
+    with pytest.raises(dpk.BatchLayoutError, match="changes with another of the batch"), engine.batch(7):
         model(torch.randn(7, 6))
 
 
