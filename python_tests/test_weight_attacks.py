@@ -183,18 +183,38 @@ def test_mixing_behind_masked_scores(masked, mask, beside):
         model(torch.randn(7, 6))
 
 
-def test_a_model_that_divides_by_the_batch():
-    class Divides(nn.Module):
+class Divides(nn.Module):
+    def __init__(self, in_training: bool) -> None:
+        super().__init__()
+        self.inner, self.in_training = nn.Sequential(nn.Dropout(0.3), nn.Linear(6, 3)), in_training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) / len(x) if self.training or not self.in_training else self.inner(x)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("in_training", [False, True])
+def test_a_model_that_divides_by_the_batch(in_training, batch):
+    engine, model, _, _ = trained(Divides(in_training).train(), torch.randn(batch, 6))
+    with pytest.raises(dpk.BatchLayoutError, match="number of samples"), engine.batch(batch):
+        model(torch.randn(batch, 6))
+
+
+def test_random_numbers_are_not_taken_for_the_number_of_samples():
+    class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.Linear(6, 3)
+            self.inner, self.head = nn.Linear(6, 40), nn.Linear(40, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) / len(x)
+            return F.dropout(self.head(F.dropout(self.inner(x), 0.3, self.training)), 0.3, self.training)
 
-    engine, model, _, _ = trained(Divides(), torch.randn(7, 6))
-    with pytest.raises(dpk.BatchLayoutError, match="number of samples"), engine.batch(7):
-        model(torch.randn(7, 6))
+    for batch in (1, 7):
+        x = torch.randn(batch, 6)
+        engine, model, optimizer, _ = trained(Noisy().train(), x)
+        with engine.batch(batch):
+            model(x).square().sum().backward()
+            assert optimizer.step()
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -160,6 +160,13 @@ WEIGHTS_ = (
         (f"{ATTACKS}::test_a_model_that_divides_by_the_batch",),
     ),
     Sabotage(
+        "models that divide by the number of samples in training alone are trained",
+        "layout.py",
+        "    if right and any(module.training for module in trial.model.modules()):\n",
+        "    if False:\n",
+        (f"{ATTACKS}::test_a_model_that_divides_by_the_batch",),
+    ),
+    Sabotage(
         "scores that mix samples hide behind masks",
         "evidence.py",
         "    while float(left.max()) > least:\n",
