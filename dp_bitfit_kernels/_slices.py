@@ -109,7 +109,7 @@ def works_at_once(layer: OneByOneLayer, call: Call, arguments: Any, batch: int) 
     dropout modules, so that nothing can be compared.
     """
     try:
-        with warnings.catch_warnings(record=True) as said, torch.enable_grad(), _without_dropout(layer):
+        with warnings.catch_warnings(record=True) as said, torch.enable_grad(), without_dropout(layer):
             warnings.simplefilter("always")
             same_now = _same_at_once(layer, call, arguments, batch)
             with evaluating(layer):
@@ -126,8 +126,8 @@ def _same_at_once(layer: OneByOneLayer, call: Call, arguments: Any, batch: int) 
 
 
 @contextmanager
-def _without_dropout(layer: OneByOneLayer) -> Iterator[None]:
-    found = [(m, m.p) for m in layer.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    found = [(m, m.p) for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
     try:
         for module, _ in found:
             module.p = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,15 +40,22 @@ def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool(((a - b).abs()[both] <= tolerance * a.abs()[both].max()).all())
 
 
-def without_masks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same with zeros where one of them is far beyond what they hold otherwise: what masks logits would hide all
-    else behind its size."""
+def at_each_size(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The same, and once more without what one of them holds far beyond the rest (zeros instead), and so on down to
+    what is usual: what masks logits would hide all else behind its size, and so would logits hide small numbers."""
+    yield list(tensors)
     if not tensors[0].is_floating_point() or not tensors[0].numel():
-        return list(tensors)
+        return
     sizes = torch.stack([tensor.detach().abs().double() for tensor in tensors]).amax(0)
-    usual = sizes[(sizes > 0) & sizes.isfinite()]
-    limit = 1e4 * float(usual.median()) if usual.numel() else 0.0
-    return [torch.where(sizes > limit, 0.0, tensor) if limit else tensor for tensor in tensors]
+    left = sizes[(sizes > 0) & sizes.isfinite()]
+    if not left.numel():
+        return
+    smaller = left[left < 0.99 * left.max()]  # a mask is one number, perhaps in most places
+    least = 1e4 * float((smaller if smaller.numel() else left).median())
+    while float(left.max()) > least:
+        limit = max(1e-4 * float(left.max()), least)
+        yield [torch.where(sizes > limit, 0.0, tensor) for tensor in tensors]
+        left = left[left <= limit]
 
 
 def _digest(parts: Tensor) -> Tensor:

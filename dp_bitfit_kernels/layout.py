@@ -174,27 +174,48 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
 
 
 def _require_same_for_more(trial: Trial) -> None:
-    """What the model gives for a sample does not depend on how many there are, in evaluation mode.
+    """What the model gives for a sample does not depend on how many there are: in evaluation mode, and in the present
+    modes without their dropout, where nothing else is random.
 
     Raises:
         BatchLayoutError: it does: one sample more would change the gradients of all others.
     """
-    samples = [*range(trial.batch)]
     with evaluating(trial.model):
-        try:
-            few, more = (list(tensors_in(trial.run(rows).output)) for rows in (samples, [*samples, 0]))
-        except FAILURES:  # its evaluation is another thing (decoding)
-            return
+        right = _same_for_more(trial)
+    if right and any(module.training for module in trial.model.modules()):
+        with _slices.without_dropout(trial.model):
+            right = not _same_for_repeats(trial) or _same_for_more(trial)
+    if not right:
+        raise BatchLayoutError(
+            "what the model gives for a sample changes with the number of samples in the batch (does it divide by "
+            "it?). One sample more would change the gradients of all others: per-sample gradients do not exist for "
+            "such a model"
+        )
+
+
+def _same_for_repeats(trial: Trial) -> bool:
+    """Whether the model gives one sample's repeats the same: else it draws random numbers for each."""
+    count = min(max(trial.batch, 4), 8)
+    try:
+        found = list(tensors_in(trial.run([0] * count).output))
+    except FAILURES:
+        return False
+    return all(_slices.alike(t, t[:1].expand_as(t)) for t in found if t.dim() > 0 and len(t) == count)
+
+
+def _same_for_more(trial: Trial) -> bool:
+    samples = [*range(trial.batch)]
+    try:
+        few, more = (list(tensors_in(trial.run(rows).output)) for rows in (samples, [*samples, 0]))
+    except FAILURES:  # its evaluation is another thing (decoding)
+        return True
     for a, b in zip(few, more, strict=False):
         if a.dim() == 0 or not a.is_floating_point() or (len(a), *a.shape[1:]) != (trial.batch, *b.shape[1:]):
             continue
-        own, other = evidence.without_masks((a.float(), b[: trial.batch].float()))
-        if len(b) == trial.batch + 1 and not _slices.alike(own, other):
-            raise BatchLayoutError(
-                "what the model gives for a sample changes with the number of samples in the batch (does it divide by "
-                "it?). One sample more would change the gradients of all others: per-sample gradients do not exist for "
-                "such a model"
-            )
+        by_size = evidence.at_each_size((a.float(), b[: trial.batch].float()))
+        if len(b) == trial.batch + 1 and not all(_slices.alike(own, other) for own, other in by_size):
+            return False
+    return True
 
 
 def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangement]) -> None:
@@ -218,10 +239,10 @@ def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangemen
             if not len(none) == len(every) == len(mixed):
                 return False
             for own in zip(none, every, mixed, strict=True):
-                a, b, found = evidence.without_masks(own)
-                chosen = torch.tensor(changed, device=a.device).view(-1, *(1,) * (a.dim() - 1))
-                if not evidence.same(torch.where(chosen, b, a), found, 1e-4):
-                    return False
+                for a, b, found in evidence.at_each_size(own):
+                    chosen = torch.tensor(changed, device=a.device).view(-1, *(1,) * (a.dim() - 1))
+                    if not evidence.same(torch.where(chosen, b, a), found, 1e-4):
+                        return False
         return True
 
     with evaluating(trial.model):
@@ -339,10 +360,8 @@ def _require_apart(first_output: list[Tensor], last_output: list[Tensor], kept: 
             continue
         if not first.is_floating_point():
             continue
-        a, b = evidence.without_masks((first[kept].float(), second[kept].float()))
-        finite = a.isfinite() & b.isfinite()
-        size = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
-        if bool(((a - b).abs()[finite] > 1e-4 * size).any()):
+        by_size = evidence.at_each_size((first[kept].float(), second[kept].float()))
+        if not all(evidence.same(a, b, 1e-4) for a, b in by_size):
             raise BatchLayoutError(
                 "the output for a sample changes with another of the batch: the inputs are sequence-first, or the "
                 "model mixes samples (batch statistics, attention or a loss across the batch). Per-sample gradients "

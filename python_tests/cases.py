@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KEY = torch.tensor(struct.unpack("<8i", bytes(range(32))), dtype=torch.int32)  # that of RFC 8439's examples
+STEP = torch.tensor([0x1234_5678_9ABC_DEF0])
 
 
 @dataclass(frozen=True)

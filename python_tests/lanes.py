@@ -1,4 +1,4 @@
-"""The backends that must give one contract, each on its device: one suite (test_ops.py) runs on all of them.
+"""The backends that must give one contract, each on its device: one suite (test_ops*.py) runs on all of them.
 
 `native`: C++ on the CPU. `cuda source`: the CUDA kernels' own source, run on a CPU fiber by fiber. `triton`: the
 interpreter, in a process of its own. `native on cuda`, `triton on cuda`: a real device, `pytest -m gpu`.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from attach import attach
+from oracle import clipped_sum, rows
 from torch import Tensor, nn
 
 from dp_bitfit_kernels import layers
@@ -72,6 +76,10 @@ def accounted(model: nn.Module) -> None:
     assert report.trained == {name: named[name].numel() for name in report.trained}
 
 
+def trained_names(model: nn.Module) -> set[str]:
+    return set(conversion_report(model).trained)
+
+
 def bias_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"}
 
@@ -97,3 +105,26 @@ def values(model: nn.Module) -> list[Tensor]:
 
 def equal(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def squares(output: Tensor) -> Tensor:
+    return output.square().sum(1).mean()
+
+
+def step_and_oracle(model: nn.Module, x: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """(what a noiseless private step moved [P], what the oracle moves [P]) of the trained parameters, in training mode;
+    everything else is bit for bit what it was."""
+    torch.manual_seed(0)
+    model.train()
+    convert_model(model, sample_batch=x, **arguments)
+    accounted(model)
+    order = [name for name, p in model.named_parameters() if p.requires_grad]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = clipped_sum(rows(model, order, x, squares), 1.0) / len(x)
+    engine, private, optimizer, _ = attach(model, torch.zeros(len(x)), poisson_sampling=False)
+    squares(private(x)).backward()
+    assert optimizer.step()
+    engine.detach()
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in after if key not in order)
+    return torch.cat([(before[key] - after[key]).double().flatten() for key in order]), expected

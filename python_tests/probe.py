@@ -95,9 +95,9 @@ class Probe:
 
     def step(self, x: Tensor, loss: Callable[[Any], Tensor], mask: Tensor | None = None) -> Tensor:
         """One draw of one physical batch. -> its integer sum [P]"""
-        self._draw += 1
+        self._draw, before = self._draw + 1, len(self.calls)
         assert self.part(x, loss, mask, 0, 1) is True
-        return self.calls[-1].total
+        return torch.cat([call.total for call in self.calls[before:]])  # each weight without rows has a call of its own
 
     def split(self, xs: list[Tensor], losses: list[Callable[[Any], Tensor]]) -> Tensor:
         """One draw over several physical batches. -> its integer sum [P]"""

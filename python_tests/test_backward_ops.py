@@ -28,7 +28,7 @@ from backward_cases import (
     make_data,
 )
 from cases import FLOAT_DTYPES
-from lanes import LANES, Lane, make_lane
+from lanes import Lane
 from tolerances import assert_sum_close
 from torch import Tensor
 
@@ -49,11 +49,6 @@ SHAPED_CALLS = [
     for case in CASES
     if call.values[1] == torch.float32 or case.every_dtype
 ]
-
-
-@pytest.fixture(params=LANES, scope="module")
-def lane(request: pytest.FixtureRequest) -> Lane:
-    return make_lane(request.param)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

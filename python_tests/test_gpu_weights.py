@@ -11,22 +11,15 @@ import torch.nn.functional as F
 from attach import attach, flat, names_of
 from captured import PADDED
 from torch import Tensor
-from weight_cases import CASES, WeightCase
+from weight_cases import CASES, METHODS, WeightCase
 
 import dp_bitfit_kernels as dpk
-from dp_bitfit_kernels import entries
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("no_rows"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-
-METHODS = [(norm, total) for norm in ("mixed", "ghost", "instantiate") for total in ("book_keeping", "second_backward")]
-
-
-@pytest.fixture(autouse=True)
-def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries, "LARGEST_ROWS", 0)
 
 
 def rows_on_the_cpu(case: WeightCase, x: Tensor, y: Tensor) -> Tensor:

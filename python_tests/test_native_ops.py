@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import FLOAT_DTYPES, GROUP_CASES, LAYOUTS, GradCase, GroupCase, make_grad, make_rows
+from cases import FLOAT_DTYPES, GROUP_CASES, KEY, LAYOUTS, STEP, GradCase, GroupCase, make_grad, make_rows
 from tolerances import assert_sum_close
 
 from dp_bitfit_kernels import _extension, reference
@@ -17,8 +16,6 @@ reason = _extension.native_available("cpu")
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 ops = torch.ops.dp_bitfit_kernels
-KEY = torch.tensor(struct.unpack("<8i", bytes(range(32))), dtype=torch.int32)
-STEP = torch.tensor([0x1234_5678_9ABC_DEF0])
 
 # Beyond the shared table: what the blocking of these loops can get wrong.
 NATIVE_CASES = (

@@ -7,24 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from attach import attach, flat
+from attach import flat
 from torch import Tensor, nn
+from weight_cases import NORMS, trained
 
 import dp_bitfit_kernels as dpk
-from dp_bitfit_kernels import entries
 from dp_bitfit_kernels.clipping import GRID
 
-NORMS = ("mixed", "ghost", "instantiate")
-
-
-@pytest.fixture(autouse=True)
-def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries, "LARGEST_ROWS", 0)
-
-
-def trained(model: nn.Module, x: Tensor, **options: object):  # type: ignore[no-untyped-def]
-    dpk.convert_model(model, train_modules=("*",))
-    return attach(model, x, torch.arange(len(x)) % 3, **options)
+pytestmark = pytest.mark.usefixtures("no_rows")
 
 
 def contribution(model: nn.Module, inputs: Tensor, left: Tensor, norm: str, bound: float, cast: object = None) -> float:
@@ -161,35 +151,70 @@ def test_tables_as_long_as_the_batch(batches):
         torch.testing.assert_close(before - flat(model), want, rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_mixing_behind_masked_scores(masked):
-    class Centred(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(6, 4)
+class Centred(nn.Module):
+    """Scores less their mean over the batch, some of them masked, beside 40 that are scaled by ``beside``."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            scores = self.inner(x)
-            scores = scores - scores.mean(0)
-            return scores.masked_fill(torch.tensor([False, False, False, True]), -1e9) if masked else scores
+    def __init__(self, masked: int, mask: float, beside: float) -> None:
+        super().__init__()
+        self.inner, self.others = nn.Linear(6, 4), nn.Linear(6, 40)
+        self.masked, self.mask, self.beside = torch.arange(4) >= 4 - masked, mask, beside
 
-    engine, model, _, _ = trained(Centred(), torch.randn(7, 6))
-    with pytest.raises(dpk.BatchLayoutError), engine.batch(7):
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.inner(x)
+        scores = (scores - scores.mean(0)).masked_fill(self.masked, self.mask)
+        return torch.cat([scores, self.beside * self.others(x)], 1) if self.beside else scores
+
+
+@pytest.mark.parametrize(
+    "masked, mask, beside",
+    [
+        (0, 0.0, 0.0),
+        (1, -1e9, 0.0),
+        (3, -1e9, 0.0),  # most are
+        (3, torch.finfo(torch.float32).min, 0.0),
+        (1, -torch.inf, 0.0),
+        (0, 0.0, 1e-6),  # most are so small that scores look like masks
+        (1, -1e9, 1e-6),
+    ],
+)
+def test_mixing_behind_masked_scores(masked, mask, beside):
+    engine, model, _, _ = trained(Centred(masked, mask, beside), torch.randn(7, 6))
+    with pytest.raises(dpk.BatchLayoutError, match="changes with another of the batch"), engine.batch(7):
         model(torch.randn(7, 6))
 
 
-def test_a_model_that_divides_by_the_batch():
-    class Divides(nn.Module):
+class Divides(nn.Module):
+    def __init__(self, in_training: bool) -> None:
+        super().__init__()
+        self.inner, self.in_training = nn.Sequential(nn.Dropout(0.3), nn.Linear(6, 3)), in_training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) / len(x) if self.training or not self.in_training else self.inner(x)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("in_training", [False, True])
+def test_a_model_that_divides_by_the_batch(in_training, batch):
+    engine, model, _, _ = trained(Divides(in_training).train(), torch.randn(batch, 6))
+    with pytest.raises(dpk.BatchLayoutError, match="number of samples"), engine.batch(batch):
+        model(torch.randn(batch, 6))
+
+
+def test_random_numbers_are_not_taken_for_the_number_of_samples():
+    class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.Linear(6, 3)
+            self.inner, self.head = nn.Linear(6, 40), nn.Linear(40, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) / len(x)
+            return F.dropout(self.head(F.dropout(self.inner(x), 0.3, self.training)), 0.3, self.training)
 
-    engine, model, _, _ = trained(Divides(), torch.randn(7, 6))
-    with pytest.raises(dpk.BatchLayoutError, match="number of samples"), engine.batch(7):
-        model(torch.randn(7, 6))
+    for batch in (1, 7):
+        x = torch.randn(batch, 6)
+        engine, model, optimizer, _ = trained(Noisy().train(), x)
+        with engine.batch(batch):
+            model(x).square().sum().backward()
+            assert optimizer.step()
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -1,4 +1,4 @@
-"""The sensitivity of weights without rows: whatever a sample holds, its rounded part has norm at most GRID."""
+"""The sensitivity of trained weights: whatever a sample holds, its rounded part has norm at most GRID."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from probe import Probe, integer_norm, without
 from torch import Tensor
+from weight_cases import CASES, NORMS
 
+import dp_bitfit_kernels as dpk
 from dp_bitfit_kernels import backends
 from dp_bitfit_kernels._precision import full_precision
 from dp_bitfit_kernels.clipping import GRID, Flat
@@ -251,3 +255,26 @@ def test_tokens_are_summed_before_the_norm():
     total = summed(made, 10.0).view(4, 2)  # nothing is clipped: R = 10 stands for G'
     grid = Flat(10.0).plan([("weight", 8)]).grid[0]
     assert not total[[0, 2, 3]].any() and total[1].tolist() == [round(0.3 * grid), round(0.4 * grid)]
+
+
+@pytest.mark.parametrize("norm, rows", [*((norm, False) for norm in NORMS), ("mixed", True)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_sample_left_out_moves_the_release_by_at_most_the_bound(case, norm, rows, request):
+    """Over all trained elements, by the weight of its loss as by the mask, where every gradient is far beyond R."""
+    if not rows:
+        request.getfixturevalue("no_rows")
+    x, bound = case.batch(), 0.7
+    model = dpk.convert_model(case.model(), train_modules=("*",), memory=case.memory)
+    probe = Probe(model, bound=bound, expected=1.0, per_sample_norm=norm, loss_reduction="sum")
+    assert bool(probe.ledger.sunk) is not rows or norm == "instantiate"  # whose linear layers have rows
+
+    def loss(weights: Tensor):  # type: ignore[no-untyped-def]
+        return lambda scores: (weights * F.cross_entropy(scores, torch.arange(len(x)) % 3, reduction="none")).sum()
+
+    every = torch.full((len(x),), 1e4)
+    whole, released = probe.step(x, loss(every)), probe.inner.releases[-1]
+    for left in range(len(x)):
+        without_it = probe.step(x, loss(every), without(len(x), left))
+        assert GRID * 0.9 <= integer_norm(whole - without_it) <= GRID
+        assert (released - probe.inner.releases[-1]).double().norm() <= bound * (1 + 1e-6)
+        assert torch.equal(probe.step(x, loss(every.index_fill(0, torch.tensor([left]), 0.0))), without_it)

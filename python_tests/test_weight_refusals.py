@@ -8,21 +8,11 @@ import torch.nn.functional as F
 from attach import attach, flat
 from captured import PADDED
 from torch import Tensor, nn
-from weight_cases import CASES, Sequence, Tied, Twice
+from weight_cases import CASES, Sequence, Tied, Twice, trained
 
 import dp_bitfit_kernels as dpk
-from dp_bitfit_kernels import entries
 
-
-@pytest.fixture(autouse=True)
-def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries, "LARGEST_ROWS", 0)
-
-
-def trained(model: nn.Module, x: Tensor, **options: object):  # type: ignore[no-untyped-def]
-    dpk.convert_model(model, train_modules=("*",))
-    return attach(model, x, torch.arange(len(x)) % 3, **options)
-
+pytestmark = pytest.mark.usefixtures("no_rows")
 
 TOKENS = torch.tensor([[0, 1, 2], [3, 4, 5]])
 

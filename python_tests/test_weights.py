@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from attach import attach, flat, names_of
+from probe import Probe
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from weight_cases import CASES, Twice, WeightCase
+from weight_cases import CASES, METHODS, NORMS, Twice, WeightCase
 
 import dp_bitfit_kernels as dpk
-from dp_bitfit_kernels import entries
 from dp_bitfit_kernels.clipping import GRID
-
-NORMS = ("mixed", "ghost", "instantiate")
-METHODS = [(norm, total) for norm in NORMS for total in ("book_keeping", "second_backward")]
-
-
-@pytest.fixture
-def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also small weights have no rows in the ledger."""
-    monkeypatch.setattr(entries, "LARGEST_ROWS", 0)
 
 
 def full(case: WeightCase, x: Tensor, bound: float, **options: object):  # type: ignore[no-untyped-def]
@@ -245,3 +237,16 @@ def test_a_graph_of_an_earlier_batch_adds_nothing(no_rows):
             optimizer.step()
         del new
     assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["norms", "norms of images", "tied", "conv2d", "self-attention"])
+def test_models_in_half_precision(name, dtype, no_rows):
+    case, y = CASES[name], torch.arange(6) % 3
+    x = case.batch() if case.tokens else case.batch().to(dtype)
+    probe = Probe(case.model().to(dtype), head=("*",), bound=0.1)
+    loss = lambda scores, y=y: F.cross_entropy(scores.float(), y)  # noqa: E731
+    got = probe.step(x, loss).double() * 0.1 / GRID
+    one = [oracle.rows(probe.model, probe.names, x[i : i + 1], partial(loss, y=y[i : i + 1])) for i in range(6)]
+    want = oracle.clipped_sum(torch.cat(one), 0.1)
+    assert (got - want).norm() <= 0.05 * want.norm()

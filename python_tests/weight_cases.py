@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from attach import attach
 from torch import Tensor, nn
+
+import dp_bitfit_kernels as dpk
 
 
 class Sequence(nn.Module):
@@ -96,23 +98,23 @@ class Positions(nn.Module):
 
 
 class FoldedImages(nn.Module):
-    """Two windows of each image side by side in the leading dimension."""
+    """Two windows of each image side by side in the leading dimension, through ``body``."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: nn.Module, channels: int) -> None:
         super().__init__()
-        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+        self.body, self.head = body, nn.Linear(channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 2, 6, 8]
         windows = x.unflatten(3, (2, 4)).permute(0, 3, 1, 2, 4).reshape(-1, 2, 6, 4)
-        return self.head(self.conv(windows).tanh().mean((2, 3)).view(len(x), 2, 4).mean(1))
+        return self.head(self.body(windows).tanh().mean((2, 3)).view(len(x), 2, -1).mean(1))
 
 
 class SequenceFirst(nn.Module):
-    """Its linear layer has the samples in dimension 1."""
+    """``inner`` has the samples in dimension 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: nn.Module, width: int) -> None:
         super().__init__()
-        self.inner, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.inner, self.head = inner, nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, 6]
         return self.head(self.inner(x.transpose(0, 1)).tanh().mean(0))
@@ -144,6 +146,8 @@ class WeightCase:
         return self.build()
 
 
+NORMS = ("mixed", "ghost", "instantiate")  # per_sample_norm
+METHODS = [(norm, total) for norm in NORMS for total in ("book_keeping", "second_backward")]
 IMAGE = (4, 6, 7)
 CASES = {
     case.name: case
@@ -191,7 +195,7 @@ CASES = {
         ),
         WeightCase("conv3d", "three dimensions", lambda: Images(nn.Conv3d(2, 3, 2), 3), (2, 3, 4, 3)),
         WeightCase("conv2d of autograd", "memory='off'", lambda: Images(nn.Conv2d(4, 5, 3), 5), IMAGE, memory="off"),
-        WeightCase("folded", "windows folded into the batch", FoldedImages, (2, 6, 8)),
+        WeightCase("folded", "windows folded into the batch", lambda: FoldedImages(nn.Conv2d(2, 4, 3), 4), (2, 6, 8)),
         WeightCase(
             "conv transpose 1d", "roles turned", lambda: Images(nn.ConvTranspose1d(4, 6, 3, 2, groups=2), 6), (4, 5)
         ),
@@ -221,10 +225,19 @@ CASES = {
             memory="off",
         ),
         WeightCase("positions", "what all samples share", Positions),
-        WeightCase("sequence first", "samples in the second dimension", SequenceFirst),
+        WeightCase("sequence first", "samples in the second dimension", lambda: SequenceFirst(nn.Linear(6, 5), 5)),
+        WeightCase("norms, sequence first", "rows of a scale there", lambda: SequenceFirst(nn.LayerNorm(6), 6)),
+        WeightCase(
+            "norms of folded images",
+            "rows of a scale of windows",
+            lambda: FoldedImages(nn.Sequential(nn.GroupNorm(1, 2), nn.BatchNorm2d(2)), 2),
+            (2, 6, 8),
+        ),
     )
 }
 
 
-def loss(scores: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(scores, labels)
+def trained(model: nn.Module, x: Tensor, **options: object):  # type: ignore[no-untyped-def]
+    """All of the model, attached to samples ``x`` in 3 classes -> (engine, model, optimizer, loader)."""
+    dpk.convert_model(model, train_modules=("*",))
+    return attach(model, x, torch.arange(len(x)) % 3, **options)

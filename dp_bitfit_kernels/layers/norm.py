@@ -93,8 +93,11 @@ class BatchNormLayer(_NormLayer):
             output = self.tap(F.batch_norm(input, *statistics, *own, False, 0.0, self.eps))
         else:
             output = self.through(BatchNormFunction, input, *statistics, *own, self.eps, self.layer_name, self.backend)
-        normed = partial(F.batch_norm, running_mean=statistics[0], running_var=statistics[1], eps=self.eps)
-        return self.scaled(output, input, normed)
+        return self.scaled(output, input, partial(_by_statistics, mean=statistics[0], var=statistics[1], eps=self.eps))
+
+
+def _by_statistics(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    return F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), eps=eps)  # of a model in half precision, x is wider
 
 
 class RMSNormLayer(_NormLayer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sabotage import Sabotage
 
-PRESETS, PEFT = "test_presets.py", "test_peft.py"
+PRESETS, PEFT, INTEGERS = "test_presets.py", "test_peft.py", "test_integer_weights.py"
 
 SELECTION = (
     Sabotage(
@@ -19,7 +19,7 @@ SELECTION = (
         "_foreign.py",
         '    return "" if exact else str(tensor.dtype)\n',
         '    return ""\n',
-        (f"{PRESETS}::TestIntegerWeights::test_they_are_refused_by_name",),
+        (f"{INTEGERS}::test_they_are_refused_by_name",),
     ),
     Sabotage(
         "a norm trained whole takes the statistics of its batch",

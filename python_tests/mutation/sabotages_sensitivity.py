@@ -116,7 +116,7 @@ SENSITIVITY = (
     Sabotage(
         "samples may mix",
         "layout.py",
-        "if bool(((a - b).abs()[finite] > 1e-4 * size).any()):",
+        "if not all(evidence.same(a, b, 1e-4) for a, b in by_size):",
         "if False:",
         (f"{ENGINE}::test_samples_must_stay_apart",),
     ),

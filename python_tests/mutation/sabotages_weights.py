@@ -7,7 +7,8 @@ from sabotage import Sabotage
 WEIGHTS, BOUNDS, REFUSED = "test_weights.py", "test_weight_bounds.py", "test_weight_refusals.py"
 STEP = f"{WEIGHTS}::test_a_step_equals_the_oracle"
 ATTACKS = "test_weight_attacks.py"
-GRID = f"{BOUNDS}::test_a_sample_adds_at_most_the_grid"
+LEFT_OUT = f"{BOUNDS}::test_a_sample_left_out_moves_the_release_by_at_most_the_bound"
+MIXING = f"{ATTACKS}::test_mixing_behind_masked_scores"
 
 WEIGHTS_ = (
     Sabotage(
@@ -150,5 +151,84 @@ WEIGHTS_ = (
         'mode.fp32_precision = "ieee"',
         "pass",
         (f"{BOUNDS}::test_lower_precisions_are_off_and_put_back",),
+    ),
+    Sabotage(
+        "models that divide by the number of samples are trained",
+        "layout.py",
+        "    _require_same_for_more(trial)\n",
+        "",
+        (f"{ATTACKS}::test_a_model_that_divides_by_the_batch",),
+    ),
+    Sabotage(
+        "models that divide by the number of samples in training alone are trained",
+        "layout.py",
+        "    if right and any(module.training for module in trial.model.modules()):\n",
+        "    if False:\n",
+        (f"{ATTACKS}::test_a_model_that_divides_by_the_batch",),
+    ),
+    Sabotage(
+        "scores that mix samples hide behind masks",
+        "evidence.py",
+        "    while float(left.max()) > least:\n",
+        "    while False:\n",
+        (MIXING,),
+    ),
+    Sabotage(
+        "scores that mix samples hide where most are masked",
+        "evidence.py",
+        "smaller = left[left < 0.99 * left.max()]",
+        "smaller = left",
+        (MIXING,),
+    ),
+    Sabotage(
+        "scores that mix samples hide as if they were masks",
+        "evidence.py",
+        "    yield list(tensors)\n",
+        "",
+        (MIXING,),
+    ),
+    Sabotage(
+        "rows of scales are those of the batch",
+        "functional_weight.py",
+        "        return grad, None, rows, *(None,) * 5\n",
+        "        return grad, None, rows.sum(0, keepdim=True).expand_as(rows).contiguous(), *(None,) * 5\n",
+        (f"{LEFT_OUT}[norms-mixed-False]",),
+    ),
+    Sabotage(
+        "rows of scales are those of the next sample",
+        "functional_weight.py",
+        "        return grad, None, rows, *(None,) * 5\n",
+        "        return grad, None, rows.roll(1, 0), *(None,) * 5\n",
+        (f"{STEP}[0.05-norms-mixed-book_keeping]",),
+    ),
+    Sabotage(
+        "rows of scales are those of shifts",
+        "functional_weight.py",
+        "        product = ctx.normed(",
+        "        product = torch.ones_like(inputs) if True else ctx.normed(",
+        (f"{STEP}[0.05-norms-mixed-book_keeping]",),
+    ),
+    Sabotage(
+        "rows of scales are summed side by side whatever they are",
+        "functional_weight.py",
+        "by_sample(product, ctx.kind, ctx.batch)",
+        "product.reshape(ctx.batch, -1, ctx.width)",
+        (f"{STEP}[0.05-norms, sequence first-mixed-book_keeping]",),
+    ),
+    Sabotage(
+        "rows of scales of a channel are summed side by side whatever they are",
+        "functional_weight.py",
+        "fold(bias_grad(product, ctx.width, True, ctx.backend), ctx.kind, ctx.batch)",
+        "bias_grad(product, ctx.width, True, ctx.backend).view(ctx.batch, -1, ctx.width)[:, 0]",
+        (f"{STEP}[0.05-norms of folded images-mixed-book_keeping]",),
+    ),
+    Sabotage(
+        "a gradient that is asked for is taken for the weight",
+        "functional_weight.py",
+        "    return apply(WeightFunction, output, anchor, inputs.detach(), pending, make, layer)\n",
+        "    give = lambda grad, x: sink.take(make(grad, x))  # noqa: E731\n"
+        "    return apply(WeightFunction, output, anchor, inputs.detach(), pending, give, layer)\n",
+        (f"{ATTACKS}::test_gradients_that_are_asked_for_are_not_the_weights",),
+        also=(("functional_weight.py", "    sink.take(pending.pop())\n", "    pending.clear()\n"),),
     ),
 )
