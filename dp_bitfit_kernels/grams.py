@@ -73,8 +73,7 @@ def gram_sum(factors: Sequence[Factors], at_once: int, backend: Backend) -> Tens
     at_once: elements of a Gram matrix that are made at a time, where an op of the backend does not make them.
     """
     if len(factors) == 1 and _fits(factors[0]):
-        left, right = (x.flatten(0, 1) for x in (factors[0].left, factors[0].right))
-        left, right = (x if x.stride(2) == 1 else x.contiguous() for x in (left, right))
+        left, right = factors[0].left.flatten(0, 1), factors[0].right.flatten(0, 1)
         return backend.ghost_squares(left, right).view(factors[0].left.shape[:2]).sum(1)
     total = torch.zeros((), dtype=torch.float64, device=factors[0].right.device)
     for number, one in enumerate(factors):
@@ -97,8 +96,9 @@ def gram_sum(factors: Sequence[Factors], at_once: int, backend: Backend) -> Tens
 
 
 def _fits(own: Factors) -> bool:
-    """Whether the op ``ghost_squares`` takes it; on other devices libraries are faster."""
-    return own.right.device.type == "cpu" and own.left.dtype == own.right.dtype == torch.float32
+    """Whether the op ``ghost_squares`` takes it as it lies; on other devices libraries are faster."""
+    float32 = own.left.dtype == own.right.dtype == torch.float32
+    return float32 and own.right.device.type == "cpu" and own.left.stride(3) == own.right.stride(3) == 1
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:

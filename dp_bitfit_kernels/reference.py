@@ -241,7 +241,7 @@ def _quarter_round(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
 
 
 def ghost_squares(left: Tensor, right: Tensor) -> Tensor:
-    """|sum_t left_t right_t^T|^2 of each sample by its Gram matrices: left [B, T, p], right [B, T, d] -> [B] float64."""
+    """|sum_t left_t right_t^T|^2 by Gram matrices: left [B, T, p], right [B, T, d] -> [B] float64."""
     check_one_device("ghost_squares", left, right)
     if left.dim() != 3 or right.dim() != 3 or left.shape[:2] != right.shape[:2]:
         raise OpError(f"ghost_squares: left {tuple(left.shape)} and right {tuple(right.shape)} must be [B, T, ...]")

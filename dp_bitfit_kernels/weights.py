@@ -31,8 +31,8 @@ change the factors of all others. (Images of a batch have one size, which none o
 convolutions, and of rows that are kept since the bound would be dear, are those of their bits.) M is computed in
 float64 of upper bounds of lengths, and enlarged by 2^-40. Assumed of the libraries: that products and sums are rounded
 to float32 or better, in any order. Lower modes (TF32, bfloat16) are switched off around them. Where, by its shape, the
-bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), Grams are made in float64 (T > 2048)
-and rows ``kept``.
+bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), Grams are made in float64 and
+rows ``kept``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ from .weight_uses import Lookup, Product, Use
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
 _AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
 _DEAR = 0.01  # the largest part of a norm that the bound may cost
-_LONG = 2048  # terms beyond which Grams are made in float64
 _INFLATED = 1.0 + 2.0**-40
 
 
@@ -164,12 +163,17 @@ class WeightSink:
             return "ghost"
         if size <= use.worth * use.held or self._is_dear(use):
             return "kept"
-        dear = 1.25 if terms <= _LONG else 4.0  # what an operation on Grams costs beside one on rows
+        served = isinstance(use, Product) and self._workshop.device.type == "cpu"  # by an op of its own
+        dear = 4.0 if self._in_double(terms) else 0.75 if served else 1.25  # an operation on Grams beside one on rows
         return "ghost" if dear * terms * (self.height + self.width) < size else "made"
 
     def _is_dear(self, use: Use) -> bool:
         """Whether the bound costs more than 1 % of a norm where M / |G| is sqrt(T)."""
         return 2.0 * use.chain * 2.0**-24 * math.sqrt(use.terms) > _DEAR
+
+    def _in_double(self, terms: int) -> bool:
+        """Whether Grams are made in float64: the bound on float32 ones would cost more than 1 %."""
+        return 0.5 * terms * gram_error(self.height, self.width, 1, False) > _DEAR
 
     def _pieces(self, uses: Sequence[Use]) -> Iterator[tuple[slice, slice]]:
         """(samples, rows of the weight), so that no more than ``at_once`` elements are made at a time."""
@@ -235,7 +239,7 @@ class WeightSink:
         largest, lefts, rights = (self._sizes * _INFLATED).unbind(0)
         error, terms = gamma(self._chain, 2.0**-24), self._terms
         pairs = self._groups * terms * terms
-        room = gram_error(self.height, self.width, pairs, terms > _LONG)
+        room = gram_error(self.height, self.width, pairs, self._in_double(terms))
         below = gram_floor(self.height, self.width, pairs, lefts, rights)
         below = below + math.sqrt(self.height * self.width) * terms * 2.0**-125
         norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + 2.0 * (error * largest + below)
@@ -260,7 +264,7 @@ class WeightSink:
         for start in range(0, self.batch, step):
             samples = slice(start, min(start + step, self.batch))
             factors = [own for use in uses if (own := use.factors(samples)) is not None]
-            factors = [own.double() if terms > _LONG else own for own in factors]
+            factors = [own.double() if self._in_double(terms) else own for own in factors]
             parts.append(gram_sum(factors, self._workshop.at_once, self._workshop.backend))
         return torch.cat(parts)
 

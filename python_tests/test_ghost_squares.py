@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import native_internals
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,17 @@ from dp_bitfit_kernels import backends, grams, reference
 pytestmark = pytest.mark.skipif(backends.unavailable("native", "cpu") is not None, reason="no compiled backend")
 
 # T, p, d: around the squares of 48, tiles of 4 and 3, depths of 384
-SHAPES = [(0, 4, 4), (1, 1, 1), (2, 3, 5), (5, 8, 0), (7, 385, 9), (47, 33, 384), (48, 16, 100), (49, 5, 1), (130, 1000, 70)]
+SHAPES = [
+    (0, 4, 4),
+    (1, 1, 1),
+    (2, 3, 5),
+    (5, 8, 0),
+    (7, 385, 9),
+    (47, 33, 384),
+    (48, 16, 100),
+    (49, 5, 1),
+    (130, 1000, 70),
+]
 
 
 def ghost_squares(left: Tensor, right: Tensor) -> Tensor:
@@ -68,7 +79,8 @@ def test_threads_change_no_bit() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     left, right = factors(2, 8, 4, 4)
-    for bad in [(left, right[:1]), (left, right[:, :7]), (left[0], right), (left.double(), right), (left.mT, right.mT)]:
+    doubled, turned = (left.double(), right), (left.mT, right.mT)
+    for bad in [(left, right[:1]), (left, right[:, :7]), (left[0], right), doubled, turned]:
         with pytest.raises(RuntimeError, match="ghost_squares"):
             ghost_squares(*bad)
 
@@ -77,11 +89,12 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_width(isa: str, shape: tuple[int, int, int]) -> None:
     """Sums of other lanes, within the same bound: what fuses multiplication and addition is not asked for bits."""
-    native_internals = pytest.importorskip("native_internals")
     internals = native_internals.load()
-    if not internals.available(isa):
-        pytest.skip(f"{isa} is not there")
+    if isa not in internals.isas():
+        pytest.skip(f"this processor lacks {isa}")
     steps, *widths = shape
     left, right = factors(1, steps, *widths)
     found = internals.ghost_squares(isa, left.data_ptr(), right.data_ptr(), steps, *widths)
-    torch.testing.assert_close(torch.tensor(found), ghost_squares(left, right)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(found, dtype=torch.float64), ghost_squares(left, right)[0], rtol=1e-5, atol=1e-6
+    )

@@ -95,8 +95,17 @@ PYBIND11_MODULE(_dp_bitfit_native_internals, m) {
 
   m.def("add_noise", [](const std::string& isa, uintptr_t out, uintptr_t total, uintptr_t z, int64_t count,
                         double noise_std, double scale) {
-    named(isa).add_noise(reinterpret_cast<float*>(out), reinterpret_cast<const int64_t*>(total),
-                         reinterpret_cast<const double*>(z), count, noise_std, scale);
+    named(isa).add_noise(pointer<float>(out), pointer<int64_t>(total), pointer<double>(z), count, noise_std, scale);
+  });
+
+  m.def("ghost_squares", [](const std::string& isa, uintptr_t left, uintptr_t right, int64_t steps, int64_t width,
+                            int64_t depth) {
+    const dpk::Kernels& loops = named(isa);
+    double sum = 0.0;
+    for (int64_t first = 0; first < steps; first += loops.ghost_rows) {
+      sum += loops.ghost_squares(pointer<float>(left), width, width, pointer<float>(right), depth, depth, steps, first);
+    }
+    return sum;
   });
 
   // Reads memory once on torch's own threads; returns the fold, so that nothing is optimised away.
