@@ -207,7 +207,11 @@ def test_plans_go_by_shapes():
         ),
         "short texts, wide layers": (Product(torch.zeros(2, 8, 512), torch.zeros(2, 8, 512)), "ghost"),
         "one vector a sample": (Product(torch.zeros(2, 1, 300), torch.zeros(2, 1, 300)), "ghost"),
-        "longer texts": (Product(torch.zeros(2, 250, 512), torch.zeros(2, 250, 512)), "made"),
+        "longer texts": (Product(torch.zeros(2, 260, 512), torch.zeros(2, 260, 512)), "kept"),
+        "images, many channels in": (
+            Convolution(torch.zeros(2, 100, 10, 10), torch.zeros(2, 2000, 10, 10), Window(*[(1, 1)] * 3, 1), (3, 3)),
+            "made",
+        ),
         "so long that the bound is dear": (
             Product(torch.zeros(1, 1, 1).expand(1, 10**6, 2000), torch.zeros(1, 1, 1).expand(1, 10**6, 2000)),
             "kept",
@@ -215,7 +219,8 @@ def test_plans_go_by_shapes():
         "tokens": (Lookup(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, 8)), "tokens"),
     }
     for why, (use, plan) in plans.items():
-        width = (use.left.shape[2], use.right.shape[2]) if isinstance(use, Product) else (50, 8)
+        shapes = {Lookup: (50, 8), Convolution: (100, 2000, 3, 3)}
+        width = (use.left.shape[2], use.right.shape[2]) if isinstance(use, Product) else shapes[type(use)]
         made = WeightSink(workshop("mixed"), "weight", torch.Size(width), 0, use.batch)
         assert made.plan(use) == plan, why  # type: ignore[arg-type]
         for norm, same in (("ghost", "ghost"), ("instantiate", "kept")):
