@@ -65,7 +65,7 @@ def _digest(parts: Tensor) -> Tensor:
     if flat.dtype in (torch.float32, torch.bfloat16, torch.float16):  # a copy in float64 takes ten times as long
         moduli = flat.to(torch.float32).abs()
         runs = moduli.shape[1] // _RUN
-        sums = moduli[:, : runs * _RUN].unflatten(1, (runs, _RUN)).sum(2).sum(1, dtype=torch.float64)
+        sums: Tensor = moduli[:, : runs * _RUN].unflatten(1, (runs, _RUN)).sum(2).sum(1, dtype=torch.float64)
         sums = sums + moduli[:, runs * _RUN :].sum(1, dtype=torch.float64)
         if bool(sums.isfinite().all()):
             return sums
