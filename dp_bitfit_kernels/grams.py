@@ -68,7 +68,7 @@ class Factors:
 
 
 def gram_sum(factors: Sequence[Factors], at_once: int, backend: Backend) -> Tensor:
-    """|G_i|^2 of all uses together -> [b] float64; infinite or NaN where a product of lengths leaves float32 (1e38).
+    """|G_i|^2 of all uses together -> [b] float64; inf, -inf or NaN where a product of lengths leaves float32 (1e38).
 
     at_once: elements of a Gram matrix that are made at a time, where an op of the backend does not make them.
     """

@@ -174,8 +174,8 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
 
 
 def _require_same_for_more(trial: Trial) -> None:
-    """What the model gives for a sample does not depend on how many there are: in evaluation mode, and in the present
-    modes without their dropout, where nothing else is random.
+    """What the model gives for a sample does not depend on how many there are, or what the others hold: in evaluation
+    mode, and in the present modes without their dropout, where nothing else is random.
 
     Raises:
         BatchLayoutError: it does: one sample more would change the gradients of all others.
@@ -187,9 +187,9 @@ def _require_same_for_more(trial: Trial) -> None:
             right = not _same_for_repeats(trial) or _same_for_more(trial)
     if not right:
         raise BatchLayoutError(
-            "what the model gives for a sample changes with the number of samples in the batch (does it divide by "
-            "it?). One sample more would change the gradients of all others: per-sample gradients do not exist for "
-            "such a model"
+            "what the model gives for a sample changes with the number of samples in the batch, or with the others "
+            "(does it divide by their number, or scale by the largest?). One sample more would change the gradients of "
+            "all others: per-sample gradients do not exist for such a model"
         )
 
 
@@ -204,18 +204,44 @@ def _same_for_repeats(trial: Trial) -> bool:
 
 
 def _same_for_more(trial: Trial) -> bool:
-    samples = [*range(trial.batch)]
-    try:
-        few, more = (list(tensors_in(trial.run(rows).output)) for rows in (samples, [*samples, 0]))
-    except FAILURES:  # its evaluation is another thing (decoding)
+    """One sample more, and each half of the samples alone: what depends on the largest or the least of a batch does not
+    notice another copy of one."""
+    samples, half = [*range(trial.batch)], trial.batch // 2
+    whole = _output_of(trial, samples)
+    if whole is None:  # its evaluation is another thing (decoding)
         return True
-    for a, b in zip(few, more, strict=False):
-        if a.dim() == 0 or not a.is_floating_point() or (len(a), *a.shape[1:]) != (trial.batch, *b.shape[1:]):
+    more = _output_of(trial, [*samples, 0])
+    right = more is None or _agree(whole, trial.batch, more, trial.batch + 1, 0)
+    for rows in (samples[:half], samples[half:]) if half else ():
+        part = _output_of(trial, rows)
+        right = right and (part is None or _agree(part, len(rows), whole, trial.batch, rows[0]))
+    return right
+
+
+def _output_of(trial: Trial, rows: list[int]) -> list[Tensor] | None:
+    try:
+        return list(tensors_in(trial.run(rows).output))
+    except FAILURES:
+        return None
+
+
+def _agree(few: list[Tensor], count: int, many: list[Tensor], among: int, first: int) -> bool:
+    """Whether the outputs for ``count`` samples are those that they have ``among`` more, from ``first`` on."""
+    for a, b in zip(few, many, strict=False):
+        if a.dim() == 0 or b.dim() == 0 or (len(a), len(b)) != (count, among) or a.shape[1:] != b.shape[1:]:
             continue
-        by_size = evidence.at_each_size((a.float(), b[: trial.batch].float()))
-        if len(b) == trial.batch + 1 and not all(_slices.alike(own, other) for own, other in by_size):
+        if not a.is_floating_point() and not a.is_complex():
+            continue
+        pair = _numbers(a), _numbers(b[first : first + count])
+        if not all(_slices.alike(own, other) for own, other in evidence.at_each_size(pair)):
             return False
     return True
+
+
+def _numbers(output: Tensor) -> Tensor:
+    """As real numbers of at least float32."""
+    output = torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
 def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangement]) -> None:
@@ -358,9 +384,9 @@ def _require_apart(first_output: list[Tensor], last_output: list[Tensor], kept: 
     for first, second in zip(first_output, last_output, strict=True):
         if first.dim() == 0 or first.shape[0] != batch + 1 or first.shape != second.shape:
             continue
-        if not first.is_floating_point():
+        if not first.is_floating_point() and not first.is_complex():
             continue
-        by_size = evidence.at_each_size((first[kept].float(), second[kept].float()))
+        by_size = evidence.at_each_size((_numbers(first[kept]), _numbers(second[kept])))
         if not all(evidence.same(a, b, 1e-4) for a, b in by_size):
             raise BatchLayoutError(
                 "the output for a sample changes with another of the batch: the inputs are sequence-first, or the "

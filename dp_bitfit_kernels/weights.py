@@ -242,7 +242,9 @@ class WeightSink:
         room = gram_error(self.height, self.width, pairs, self._in_double(terms))
         below = gram_floor(self.height, self.width, pairs, lefts, rights)
         below = below + math.sqrt(self.height * self.width) * terms * 2.0**-125
-        norms = (found.clamp(min=0.0) + room * largest.square()).sqrt() + 2.0 * (error * largest + below)
+        # A Gram's element may leave float32 on either side though no length does: -inf is as little a norm as inf.
+        found = torch.where(found.isfinite(), found.clamp(min=0.0), math.inf)
+        norms = (found + room * largest.square()).sqrt() + 2.0 * (error * largest + below)
         # No element of a row, and no partial sum of one, is larger than M: beyond float32 it counts as not finite.
         squares: Tensor = torch.where(largest < 2.0**126, norms.square(), math.inf)
         return squares

@@ -200,6 +200,53 @@ def test_a_model_that_divides_by_the_batch(in_training, batch):
         model(torch.randn(batch, 6))
 
 
+class Scaled(nn.Module):
+    """By the largest of the whole batch, which one more copy of a sample does not move."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.first, self.last, self.by = nn.Linear(5, 6), nn.Linear(6, 4), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by == "largest input":
+            return self.last(self.first(x / x.max()).tanh())
+        hidden = self.first(x)
+        if self.by == "largest activation":
+            return self.last(hidden / hidden.abs().max())
+        cell = hidden.detach().abs().max() / 7
+        return self.last(hidden + ((hidden / cell).round() * cell - hidden).detach())
+
+
+@pytest.mark.parametrize("batch", [2, 8, 64])
+@pytest.mark.parametrize("by", ["largest input", "largest activation", "dynamic quantisation"])
+def test_a_model_that_scales_by_the_largest_of_the_batch(by, batch):
+    torch.manual_seed(1)
+    x = torch.randn(batch, 5)
+    engine, model, _, _ = trained(Scaled(by), x)
+    with pytest.raises(dpk.BatchLayoutError, match="do not exist for such a model"), engine.batch(batch):
+        model(x)
+
+
+@pytest.mark.parametrize("kind", ["complex", "small", "large"])
+def test_mixing_in_numbers_that_float32_does_not_hold(kind):
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.inner(x).double()
+            z = z - z.mean(0)
+            if kind == "complex":
+                return torch.complex(z, -z)
+            return z * (1e-50 if kind == "small" else 1e50)
+
+    x = torch.randn(4, 6)
+    engine, model, _, _ = trained(Mixes(), x)
+    with pytest.raises(dpk.BatchLayoutError, match="do not exist for such a model"), engine.batch(4):
+        model(x)
+
+
 def test_random_numbers_are_not_taken_for_the_number_of_samples():
     class Noisy(nn.Module):
         def __init__(self) -> None:

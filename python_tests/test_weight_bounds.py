@@ -114,6 +114,23 @@ def test_no_ghost_norm_is_below_the_exact_one(rest):
     assert (sink("mixed", (600, 24), Product(left, right), how="ghost").squares().sqrt() >= exact).all()
 
 
+def test_a_gram_below_all_numbers_is_no_norm():
+    """Opposed tokens so long that l_s . l_t leaves float32 below, while |l_s|^2 and |l_t|^2 just do not above."""
+    generator = torch.Generator().manual_seed(1)
+    left = torch.randn(4096, 1, 384, generator=generator, dtype=torch.float64)
+    left = torch.cat([left, -left * (1 + 2e-7 * torch.randn(left.shape, generator=generator, dtype=torch.float64))], 1)
+    room = 1 - 2e-7 * torch.rand((4096, 1, 1), generator=generator, dtype=torch.float64)
+    longest = left.norm(dim=2).amax(1)[:, None, None]
+    left = (left / longest * (torch.finfo(torch.float32).max * room).sqrt()).float()
+    right = torch.zeros(4096, 2, 40)
+    right[:, 0, 0], right[:, 1, 0], right[:, 1, 1] = 1.0, 1e-3, 1.0
+    exact = torch.einsum("btp,btd->bpd", left.double(), right.double()).flatten(1).square().sum(1)
+    found = sink("mixed", (384, 40), Product(left, right), how="ghost").squares()
+    assert (found >= exact).all()
+    raw = gram_sum([Product(left, right).factors(slice(0, 4096))], 10**6, backends.serving("auto", "cpu"))
+    assert raw.isneginf().any() or not found.isfinite().all()
+
+
 def test_the_bound_costs_little_where_tokens_are_not_opposed():
     torch.manual_seed(0)
     use = Product(torch.randn(4, 300, 40), torch.randn(4, 300, 50))
