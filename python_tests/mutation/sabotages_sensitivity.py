@@ -197,6 +197,7 @@ SENSITIVITY = (
         "for row in added[:2]] if other is not None else []",
         "for row in added[:2]] if False else []",
         (f"{ATTACKS}::test_mixing_that_only_flows_forward_is_seen",),
+        also=(("layout.py", "for rows in (samples[:half], samples[half:]) if half else ():", "for rows in ():"),),
     ),
     Sabotage(
         "a proof in evaluation holds for training",
