@@ -369,8 +369,7 @@ class Session:
             self._warn_once(
                 "overrun",
                 f"more than the {self.planned_before + self.planned_releases} releases that the noise was calibrated "
-                "for: epsilon exceeds "
-                "its target",
+                "for: epsilon exceeds its target",
             )
         elif self.phase_plan is not None and self.releases > self.phase_plan[1]:
             self._warn_once(
@@ -382,11 +381,10 @@ class Session:
 
     def noisy_sum(self) -> Tensor:
         """Noise under the next number of the counter on the sum of the draw, which is then forgotten -> [P] float32."""
-        ledger = self.ledger
         self._step.add_(1)
-        scale = ledger.plan.sensitivity / (GRID * self.expected_batch_size)
-        key, noise_std = self.keys.key_tensor(ledger.device), self.noise_multiplier * GRID
-        return ledger.release(key, self._step, STREAM_NOISE, noise_std, scale)
+        scale = self.ledger.plan.sensitivity / (GRID * self.expected_batch_size)
+        key, noise_std = self.keys.key_tensor(self.ledger.device), self.noise_multiplier * GRID
+        return self.ledger.release(key, self._step, STREAM_NOISE, noise_std, scale)
 
     @property
     def noise_steps(self) -> int:
