@@ -27,6 +27,37 @@ def leaves_in(value: Any) -> Iterator[Any]:
         yield value
 
 
+Place = tuple[tuple[Any, int], ...]  # keys from the outside in, each with the number of those beside it
+
+
+def held_in(value: Any, place: Place = (), known: set[int] | None = None) -> Iterator[tuple[Place, Tensor]]:
+    """Every tensor in them, and in the attributes of other objects among them (a cache), with its place."""
+    known = set() if known is None else known
+    if isinstance(value, Tensor):
+        yield place, value
+        return
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, tuple | list):
+        items = list(enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    elif value is None or callable(value) or isinstance(value, _PLAIN) or id(value) in known:
+        return
+    else:
+        known.add(id(value))
+        names = [*getattr(value, "__dict__", ()), *_slots(type(value))]
+        items = [(name, getattr(value, name)) for name in names if hasattr(value, name)]
+    for key, item in items:
+        yield from held_in(item, (*place, (key, len(items))), known)
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        yield from (slots,) if isinstance(slots, str) else slots
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists, mappings and dataclasses."""
     return (leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor))

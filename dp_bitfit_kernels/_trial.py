@@ -87,7 +87,7 @@ class Trial:
                 )
             output = output[0] if isinstance(output, tuple) else output
             if isinstance(output, Tensor):
-                run.seen.append(evidence.Seen.of(layer, output, len(rows)))
+                run.seen.append(evidence.Seen.of(layer, (args, kwargs), output, len(rows)))
 
         def look_before(layer: Any, args: Any, kwargs: Any) -> None:
             given = map_tensors((args, kwargs), torch.clone) if calls or instead else None  # it may change them
@@ -156,7 +156,7 @@ def _take(tensor: Tensor, batch: int, rows: list[int]) -> Tensor:
         return tensor
     taken = tensor[torch.tensor([max(row, 0) for row in rows], device=tensor.device)]
     if -1 in rows:
-        taken[rows.index(-1)] = _changed(tensor[0])
+        taken[torch.tensor([row == -1 for row in rows], device=tensor.device)] = _changed(tensor[0])
     if MIXED in rows:
         unlike = (tensor != tensor[:1]).flatten(1).any(1) if tensor.dim() > 1 else tensor != tensor[0]
         # The last that differs: the other added row is the first.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, layout
+from . import backends, layout, outputs
 from ._nested import map_tensors, tensors_in
 from ._plan import groups
 from ._survey import evaluate, undisturbed
@@ -123,7 +123,7 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
         output = model(**batch)
     else:
         output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
-    loss = layout.loss_in(output)
+    loss = outputs.loss_in(output)
     if loss is None:
         raise EngineError("the model returns no loss: pass loss=, a function of (model, batch) that returns a scalar")
     return loss

@@ -82,19 +82,26 @@ def _shows(first: Tensor, last: Tensor, kept: slice) -> bool:
 
 @dataclasses.dataclass
 class Seen:
-    """One call of a converted layer in a run: its output, cut into samples in each way that its shape allows."""
+    """One call of a converted layer in a run: its output, cut into samples in each way that its shape allows, and what
+    it was given, where its weight is trained: behind a weight that starts at zero nothing else shows that."""
 
     layer: BiasLayer
     shape: tuple[int, ...]
     digests: dict[tuple[str, int], Tensor]  # (kind, rows of a sample) -> [n] float64
     whole: Tensor | None = None  # [1] float64, of a layer whose output the samples may share
+    given: list[dict[tuple[str, int], Tensor]] = dataclasses.field(default_factory=list)
 
     @staticmethod
-    def of(layer: BiasLayer, output: Tensor, samples: int) -> Seen:
-        ways = candidates(output.shape, samples, layer.channels_first)
-        digests = {(kind, k): _digest(by_sample(output, kind, samples)) for kind, k in ways}
+    def of(layer: BiasLayer, given: Any, output: Tensor, samples: int) -> Seen:
+        def cut(x: Tensor) -> dict[tuple[str, int], Tensor]:
+            ways = candidates(x.shape, samples, layer.channels_first)
+            return {(kind, k): _digest(by_sample(x, kind, samples)) for kind, k in ways}
+
         shared = isinstance(layer, EmbeddingLayer) and (output.dim() == 2 or (output.dim() == 3 and len(output) == 1))
-        return Seen(layer, tuple(output.shape), digests, _digest(output.reshape(1, -1)) if shared else None)
+        whole = _digest(output.reshape(1, -1)) if shared else None
+        asked = any(name.rpartition(".")[2].endswith("weight") for name in layer.trained)
+        inputs = [cut(x) for x in tensors_in(given) if x.is_floating_point()] if asked else []
+        return Seen(layer, tuple(output.shape), cut(output), whole, inputs)
 
 
 Pair = tuple[Sequence[Any], Sequence[Any], slice]  # two runs' calls, and the rows that hold the samples in both
@@ -183,7 +190,13 @@ def _side_by_side(pairs: Sequence[Pair]) -> list[tuple[tuple[Any, Any], ...]]:
 
 def _held(way: tuple[str, int], own: Sequence[tuple[Seen, Seen]], pairs: Sequence[Pair]) -> bool:
     digests = [(a.digests[way], b.digests[way], kept) for (a, b), (_, _, kept) in zip(own, pairs, strict=True)]
-    if not all(same(a[kept], b[kept], TOLERANCE) for a, b, kept in digests):
+    given = [
+        (x[way], y[way], kept)
+        for (a, b), (_, _, kept) in zip(own, pairs, strict=True)
+        for x, y in zip(a.given, b.given, strict=False)
+        if way in x and way in y
+    ]
+    if not all(same(a[kept], b[kept], TOLERANCE) for a, b, kept in digests + given):
         return False
     return way == (MAJOR, 1) or any(_shows(a, b, kept) for a, b, kept in digests)
 

@@ -75,13 +75,13 @@ def gram_sum(factors: Sequence[Factors], at_once: int, backend: Backend) -> Tens
     if len(factors) == 1 and _fits(factors[0]):
         left, right = factors[0].left.flatten(0, 1), factors[0].right.flatten(0, 1)
         return backend.ghost_squares(left, right).view(factors[0].left.shape[:2]).sum(1)
-    total = torch.zeros((), dtype=torch.float64, device=factors[0].right.device)
+    total = factors[0].right.new_zeros(len(factors[0].right), dtype=torch.float64)
     for number, one in enumerate(factors):
         for other in factors[number:]:
             terms = one.right.shape[2]
             width = one.right.shape[0] * one.right.shape[1] * max(1, other.right.shape[2])
             step = max(1, min(at_once // max(1, width), max(32, -(-terms // (2 if terms <= 256 else 4)))))
-            part = torch.zeros((), dtype=torch.float64, device=total.device)
+            part = torch.zeros_like(total)
             for start in range(0, terms, step):
                 rows = slice(start, min(start + step, terms))
                 columns = slice(start if one is other else 0, other.right.shape[2])  # the Gram of one is symmetric

@@ -10,13 +10,13 @@ itself returns must be a sum or mean over samples.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _slices, evidence
+from . import _slices, evidence, outputs
 from ._nested import tensors_in
 from ._survey import evaluating
 from ._trial import FAILURES, MIXED, Calls, Run, Trial, another_row
@@ -48,7 +48,7 @@ def batch_of(args: Any, kwargs: Any) -> int:
     """B: the one leading size that all tensor inputs share.
 
     Raises:
-        BatchLayoutError: there is no tensor, or the leading sizes differ.
+        BatchLayoutError: there is no tensor, or the leading sizes differ, or are 0.
     """
     sizes = leading_sizes(args, kwargs)
     if len(sizes) != 1:
@@ -56,7 +56,13 @@ def batch_of(args: Any, kwargs: Any) -> int:
         raise BatchLayoutError(
             f"the batch size cannot be read off the model's inputs ({found}): wrap the step in `with engine.batch(B):`"
         )
-    return sizes.pop()
+    batch = sizes.pop()
+    if not batch:
+        raise BatchLayoutError(
+            "the model's inputs hold no sample (their leading size is 0). Draws of the private loader that are empty "
+            "come as a masked batch; leave out empty batches of your own"
+        )
+    return batch
 
 
 @dataclasses.dataclass
@@ -156,92 +162,19 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
         at_once = trial.run([*samples], calls=calls).at_once
         calls = _with(calls, lambda alone, call: (alone, call.form) in at_once)
         calls = _require_same_around(trial, calls)
-    for first, last, kept in pairs:
-        _require_apart(list(tensors_in(first.output)), list(tensors_in(last.output)), kept, batch)
+    for first, last, _ in pairs:
         for name, value in first.buffers.items():
             if not evidence.same(value, last.buffers[name], 0.0):
                 raise BatchLayoutError(
                     f"buffer {name!r} is written from the batch: it would hold private data without noise. Stop the "
                     "model from writing it (eval() of its module does so in most)"
                 )
-    if other is not None and other >= 0 and loss_in(behind[0].output) is not None:
-        _require_loss_of_samples(trial)
-    _require_same_for_more(trial)
+    outputs.require_own(trial, pairs, other)
+    outputs.require_same_for_more(trial)
     if trial.spread:
         _require_copies_apart(trial, arrangements)
     tried = [layer for layer in arrangements if isinstance(layer, OwnForwardLayer)]
     return Proof(other is not None, arrangements, calls, tried, shared)
-
-
-def _require_same_for_more(trial: Trial) -> None:
-    """What the model gives for a sample does not depend on how many there are, or what the others hold: in evaluation
-    mode, and in the present modes without their dropout, where nothing else is random.
-
-    Raises:
-        BatchLayoutError: it does: one sample more would change the gradients of all others.
-    """
-    with evaluating(trial.model):
-        right = _same_for_more(trial)
-    if right and any(module.training for module in trial.model.modules()):
-        with _slices.without_dropout(trial.model):
-            right = not _same_for_repeats(trial) or _same_for_more(trial)
-    if not right:
-        raise BatchLayoutError(
-            "what the model gives for a sample changes with the number of samples in the batch, or with the others "
-            "(does it divide by their number, or scale by the largest?). One sample more would change the gradients of "
-            "all others: per-sample gradients do not exist for such a model"
-        )
-
-
-def _same_for_repeats(trial: Trial) -> bool:
-    """Whether the model gives one sample's repeats the same: else it draws random numbers for each."""
-    count = min(max(trial.batch, 4), 8)
-    try:
-        found = list(tensors_in(trial.run([0] * count).output))
-    except FAILURES:
-        return False
-    return all(_slices.alike(t, t[:1].expand_as(t)) for t in found if t.dim() > 0 and len(t) == count)
-
-
-def _same_for_more(trial: Trial) -> bool:
-    """One sample more, and each half of the samples alone: what depends on the largest or the least of a batch does not
-    notice another copy of one."""
-    samples, half = [*range(trial.batch)], trial.batch // 2
-    whole = _output_of(trial, samples)
-    if whole is None:  # its evaluation is another thing (decoding)
-        return True
-    more = _output_of(trial, [*samples, 0])
-    right = more is None or _agree(whole, trial.batch, more, trial.batch + 1, 0)
-    for rows in (samples[:half], samples[half:]) if half else ():
-        part = _output_of(trial, rows)
-        right = right and (part is None or _agree(part, len(rows), whole, trial.batch, rows[0]))
-    return right
-
-
-def _output_of(trial: Trial, rows: list[int]) -> list[Tensor] | None:
-    try:
-        return list(tensors_in(trial.run(rows).output))
-    except FAILURES:
-        return None
-
-
-def _agree(few: list[Tensor], count: int, many: list[Tensor], among: int, first: int) -> bool:
-    """Whether the outputs for ``count`` samples are those that they have ``among`` more, from ``first`` on."""
-    for a, b in zip(few, many, strict=False):
-        if a.dim() == 0 or b.dim() == 0 or (len(a), len(b)) != (count, among) or a.shape[1:] != b.shape[1:]:
-            continue
-        if not a.is_floating_point() and not a.is_complex():
-            continue
-        pair = _numbers(a), _numbers(b[first : first + count])
-        if not all(_slices.alike(own, other) for own, other in evidence.at_each_size(pair)):
-            return False
-    return True
-
-
-def _numbers(output: Tensor) -> Tensor:
-    """As real numbers of at least float32."""
-    output = torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
-    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
 def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangement]) -> None:
@@ -337,59 +270,3 @@ def _require_same_around(trial: Trial, calls: Calls) -> Calls:
         f"leaves it that is not in its outputs (a list that it appends to, a hook that records). {evidence.INSTEAD}",
         wrong,
     )
-
-
-def loss_in(output: Any) -> Tensor | None:
-    """The loss that a model itself returns: its output, the item ``loss`` of it, or the first of a tuple; else None."""
-    if isinstance(output, Mapping):
-        output = output.get("loss")
-    elif isinstance(output, tuple) and output:
-        output = output[0]
-    elif dataclasses.is_dataclass(output):
-        output = getattr(output, "loss", None)
-    return output if isinstance(output, Tensor) and output.dim() == 0 and output.is_floating_point() else None
-
-
-def _require_loss_of_samples(trial: Trial) -> None:
-    """Of a sum or a mean over samples F, F(0, 0) + F(k, k) = F(0, k) + F(k, 0) on batches of two.
-
-    The same samples stand at the same places on both sides, so that random masks cancel.
-    """
-    batch = trial.batch
-    for other in sorted({1, batch // 3, 2 * batch // 3, batch - 1} - {0}):
-        try:
-            found = [loss_in(trial.run([a, b]).output) for a in (0, other) for b in (0, other)]
-        except FAILURES:  # a model that cannot run on two samples is not asked
-            return
-        losses = torch.stack([loss.double() for loss in found if loss is not None])
-        if losses.numel() < 4 or not bool(losses[1:3].isfinite().all()):
-            continue
-        size = 32 * max(torch.finfo(loss.dtype).eps for loss in found if loss is not None) * losses.abs().max()
-        # Also where a sample has no loss of its own (no token that counts), but has one beside another.
-        if not bool((losses[0] + losses[3] - losses[1] - losses[2]).abs() <= size):
-            raise BatchLayoutError(
-                "the loss that the model returns is not a mean or sum over samples: what one sample adds depends on "
-                "the others (a mean over tokens that are not padding, class weights, in-batch negatives). Clipping "
-                "cannot bound a sample's influence on such a loss: take the loss of each sample, then their mean"
-            )
-
-
-def _require_apart(first_output: list[Tensor], last_output: list[Tensor], kept: slice, batch: int) -> None:
-    sizes = {t.shape[0] for t in first_output if t.dim() > 0}
-    if batch in sizes and batch + 1 not in sizes:
-        raise BatchLayoutError(
-            f"the model's output has {batch} rows for {batch + 1} samples: its batch is not the leading dimension of "
-            "its inputs (sequence-first inputs?); give it batch-first inputs"
-        )
-    for first, second in zip(first_output, last_output, strict=True):
-        if first.dim() == 0 or first.shape[0] != batch + 1 or first.shape != second.shape:
-            continue
-        if not first.is_floating_point() and not first.is_complex():
-            continue
-        by_size = evidence.at_each_size((_numbers(first[kept]), _numbers(second[kept])))
-        if not all(evidence.same(a, b, 1e-4) for a, b in by_size):
-            raise BatchLayoutError(
-                "the output for a sample changes with another of the batch: the inputs are sequence-first, or the "
-                "model mixes samples (batch statistics, attention or a loss across the batch). Per-sample gradients "
-                "do not exist for such a model"
-            )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from attach import attach, flat
 from captured import PADDED
 from torch import Tensor, nn
-from weight_cases import CASES, Sequence, Tied, Twice, trained
+from weight_cases import CASES, NORMS, Sequence, Tied, Twice, trained
 
 import dp_bitfit_kernels as dpk
 
@@ -74,6 +74,21 @@ def test_a_weight_trained_in_one_module_and_frozen_in_its_twin():
     dpk.convert_model(Tied(), biases=(), train_modules=("out", "embed"))
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_samples_of_no_tokens_add_nothing_and_no_samples_are_refused(norm):
+    for dtype in (torch.float32, torch.float64):
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+        engine, model, optimizer, _ = trained(model, torch.randn(4, 1), per_sample_norm=norm)
+        before = [p.clone() for p in model.parameters()]
+        with engine.batch(4):
+            model(torch.randn(4, 0, 6, dtype=dtype)).sum().backward()
+            assert optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        with pytest.raises(dpk.BatchLayoutError, match="no sample"):
+            model(torch.randn(0, 4, 6, dtype=dtype))
+        assert engine.accountant.history.total_steps == 1
+
+
 def test_second_backward_wants_an_output_for_each_sample():
     class Loss(nn.Module):
         def __init__(self) -> None:
@@ -81,7 +96,7 @@ def test_second_backward_wants_an_output_for_each_sample():
             self.inner = Twice()
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.cross_entropy(self.inner(x), torch.arange(len(x)) % 3, reduction="sum")
+            return F.cross_entropy(self.inner(x), torch.zeros(len(x), dtype=torch.long), reduction="sum")
 
     with pytest.warns(UserWarning, match="not bounded"):
         engine, model, _, _ = trained(Loss(), torch.randn(2, 3, 6), clipped_sum="second_backward")

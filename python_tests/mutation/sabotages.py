@@ -10,10 +10,11 @@ from sabotages_capture import CAPTURED
 from sabotages_coverage import COVERAGE
 from sabotages_memory import MEMORY
 from sabotages_noise import NOISE
+from sabotages_outputs import OUTPUTS
 from sabotages_phases import PHASES
 from sabotages_selection import SELECTION
 from sabotages_sensitivity import SENSITIVITY
 from sabotages_state import STATE
 from sabotages_weights import WEIGHTS_ as WEIGHTS
 
-SABOTAGES = (*SENSITIVITY, *NOISE, *STATE, *CAPTURED, *MEMORY, *COVERAGE, *SELECTION, *PHASES, *WEIGHTS)
+SABOTAGES = (*SENSITIVITY, *NOISE, *STATE, *CAPTURED, *MEMORY, *COVERAGE, *SELECTION, *PHASES, *WEIGHTS, *OUTPUTS)

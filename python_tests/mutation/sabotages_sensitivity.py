@@ -109,16 +109,9 @@ SENSITIVITY = (
     Sabotage(
         "a wrong leading dimension passes",
         "evidence.py",
-        "    if not all(same(a[kept], b[kept], TOLERANCE) for a, b, kept in digests):\n",
+        "    if not all(same(a[kept], b[kept], TOLERANCE) for a, b, kept in digests + given):\n",
         "    if False:\n",
         (f"{ENGINE}::test_wrong_layout_refused_by_name",),
-    ),
-    Sabotage(
-        "samples may mix",
-        "layout.py",
-        "if not all(evidence.same(a, b, 1e-4) for a, b in by_size):",
-        "if False:",
-        (f"{ENGINE}::test_samples_must_stay_apart",),
     ),
     Sabotage(
         "BatchNorm learns from private batches",
@@ -197,7 +190,7 @@ SENSITIVITY = (
         "for row in added[:2]] if other is not None else []",
         "for row in added[:2]] if False else []",
         (f"{ATTACKS}::test_mixing_that_only_flows_forward_is_seen",),
-        also=(("layout.py", "for rows in (samples[:half], samples[half:]) if half else ():", "for rows in ():"),),
+        also=(("outputs.py", "for rows in (samples[:half], samples[half:]) if half else ():", "for rows in ():"),),
     ),
     Sabotage(
         "a proof in evaluation holds for training",

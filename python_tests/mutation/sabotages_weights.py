@@ -26,13 +26,6 @@ WEIGHTS_ = (
         (f"{BOUNDS}::test_a_gram_below_all_numbers_is_no_norm",),
     ),
     Sabotage(
-        "halves of a batch are not asked by themselves",
-        "layout.py",
-        "for rows in (samples[:half], samples[half:]) if half else ():",
-        "for rows in ():",
-        (f"{ATTACKS}::test_a_model_that_scales_by_the_largest_of_the_batch",),
-    ),
-    Sabotage(
         "rows made anew are believed to be those of the norm",
         "weights.py",
         "(found + room * largest.square()).sqrt() + 2.0 * (error * largest + below)",
@@ -165,20 +158,6 @@ WEIGHTS_ = (
         'mode.fp32_precision = "ieee"',
         "pass",
         (f"{BOUNDS}::test_lower_precisions_are_off_and_put_back",),
-    ),
-    Sabotage(
-        "models that divide by the number of samples are trained",
-        "layout.py",
-        "    _require_same_for_more(trial)\n",
-        "",
-        (f"{ATTACKS}::test_a_model_that_divides_by_the_batch",),
-    ),
-    Sabotage(
-        "models that divide by the number of samples in training alone are trained",
-        "layout.py",
-        "    if right and any(module.training for module in trial.model.modules()):\n",
-        "    if False:\n",
-        (f"{ATTACKS}::test_a_model_that_divides_by_the_batch",),
     ),
     Sabotage(
         "scores that mix samples hide behind masks",
