@@ -7,8 +7,8 @@
   Each is checked against one-sample gradients in float64 first; who fails gets no number.
 * ``growth``: time and peak bytes of a step against the length of texts and the side of images, as in figure 3 of the
   paper (arXiv 2210.00036), biases against all weights.
-* ``sizes``: the largest batch that a given memory holds, from the peaks of two batch sizes, and records a second,
-  against the width of the model, as in its figure 4.
+* ``sizes``: the largest batch that a given memory holds, from peaks of ever larger batches until each sample adds the
+  same to them, and records a second, against the width of the model, as in its figure 4.
 
 The layout of a model is asked for anew on batches 1, 2, 4, 8 of a run, so what is timed lies between these.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,9 @@ SETTLED = 4  # steps before the first that is timed
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 SIDES = (32, 64, 128, 224, 384, 512)
 WIDTHS = (128, 256, 512, 768)
+BATCHES = (8, 16, 32, 64, 128)
+TIMED = 16  # samples of the steps whose records a second are asked for
+STEADY = 0.05  # by how much what a sample adds may differ from what it added between smaller batches
 
 # part, case -> {contender: (most, of it)}: upper bounds of ratios of time and of peak bytes, as asked for
 TARGETS: dict[str, dict[str, dict[str, float]]] = {
@@ -117,8 +120,10 @@ def images(side: int, batch: int = 2) -> Case:
     return Case(f"image of {side} pixels", "growth", make, _images(batch, side, 100))
 
 
-def grow(make: Callable[[int], Case], sizes: Iterable[int], names: Iterable[str], threads: int) -> dict[str, Any]:
-    """{contender: {size: {seconds, peak_bytes}}}, each as far as it goes."""
+def grow(
+    make: Callable[[int], Case], sizes: Iterable[int], names: Iterable[str], threads: int
+) -> Iterator[dict[str, Any]]:
+    """{contender: {size: {seconds, peak_bytes}}}, each as far as it goes; after each size, what is known."""
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
     beyond: dict[str, str] = {}
     torch.set_num_threads(threads)
@@ -134,42 +139,67 @@ def grow(make: Callable[[int], Case], sizes: Iterable[int], names: Iterable[str]
             gc.collect()
             if 4 * peak > MOST_BYTES or 3 * taken.median(name) > MOST_SECONDS:
                 beyond[name] = f"after {size}"
-    return {"measured": found, "left_out": beyond}
+        yield {"measured": found, "left_out": beyond}
 
 
 def largest(width: int, names: Iterable[str], threads: int) -> dict[str, Any]:
-    """{contender: largest batch in MEMORY bytes, records a second at 8}, of a text model of this width."""
+    """{contender: largest batch in MEMORY bytes, records a second at TIMED}, of a text model of this width."""
     torch.set_num_threads(threads)
     found = {}
     for name in names:
-        peaks = {size: peak_bytes(partial(_built, name, texts(128, width, size, 4), 0)).peak for size in (4, 8)}
-        each = (peaks[8] - peaks[4]) / 4
-        taken = interleave({name: _built(name, texts(128, width, 8, 4), SETTLED)}, rounds=3, budget_s=20.0, warm_up=0)
+        peaks, each = _slope(name, width)
+        most = max(peaks)
+        case = texts(128, width, TIMED, 4)
+        taken = interleave({name: _built(name, case, SETTLED)}, rounds=5, budget_s=20.0, warm_up=0)
         found[name] = {
             "peak_bytes": {str(size): peak for size, peak in peaks.items()},
-            "largest_batch": int((MEMORY - peaks[4] + 4 * each) // each),
-            "records_per_second": 8 / taken.median(name),
+            "bytes_a_sample": each,
+            "largest_batch": int(most + (MEMORY - peaks[most]) // each),
+            "records_per_second": TIMED / taken.median(name),
         }
         print(width, name, found[name]["largest_batch"], f"{found[name]['records_per_second']:.1f}/s", flush=True)
         gc.collect()
     return found
 
 
-def run(part: str, names: Iterable[str] | None, threads: Iterable[int], rounds: int, seconds: float) -> dict[str, Any]:
-    recorded = environment()
+def _slope(name: str, width: int) -> tuple[dict[int, int], float]:
+    """Peaks by batch size, and what a sample adds to them once it is the same from size to size.
+
+    The peak of a small batch may lie in the release, which holds all weights whatever the batch.
+    """
+    peaks: dict[int, int] = {}
+    slopes: list[float] = []
+    for size in BATCHES:
+        if peaks and 3 * max(peaks.values()) > MEMORY:
+            break
+        peaks[size] = peak_bytes(partial(_built, name, texts(128, width, size, 4), 0)).peak
+        gc.collect()
+        if len(peaks) > 1:
+            slopes.append((peaks[size] - peaks[size // 2]) / (size - size // 2))
+        if len(slopes) > 1 and abs(slopes[-1] - slopes[-2]) <= STEADY * slopes[-1]:
+            break
+    return peaks, slopes[-1]
+
+
+def run(
+    part: str, names: Iterable[str] | None, threads: Iterable[int], rounds: int, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """What is known so far, after each case or size."""
+    whole: dict[str, Any] = {"bench": part, "environment": environment(), "threads": list(threads), "result": {}}
+    content = whole["result"]
     if part == "step":
-        content: dict[str, Any] = {name: run_step(name, names or STEP, threads, rounds, seconds) for name in TARGETS}
-        for name, case in content.items():
-            print(name, case["targets_met"], flush=True)
+        for name in TARGETS:
+            content[name] = run_step(name, names or STEP, threads, rounds, seconds)
+            print(name, content[name]["targets_met"], flush=True)
+            yield whole
     elif part == "growth":
-        count = max(threads)
-        content = {
-            "length": grow(texts, LENGTHS, names or GROWTH, count),
-            "side": grow(images, SIDES, names or GROWTH, count),
-        }
+        for kind, make, sizes in (("length", texts, LENGTHS), ("side", images, SIDES)):
+            for content[kind] in grow(make, sizes, names or GROWTH, max(threads)):
+                yield whole
     else:
-        content = {str(width): largest(width, names or GROWTH, max(threads)) for width in WIDTHS}
-    return {"bench": part, "environment": recorded, "threads": list(threads), "result": content}
+        for width in WIDTHS:
+            content[str(width)] = largest(width, names or GROWTH, max(threads))
+            yield whole
 
 
 FILES = {"step": "full", "growth": "growth", "sizes": "sizes"}
@@ -186,11 +216,11 @@ def test_full(benchmark: Any) -> None:
 
     def work() -> None:
         for part in FILES:
-            made[part] = run(part, None, (1, 2), 24, 120.0)
+            for content in run(part, None, (1, 2), 24, 120.0):
+                made[part] = content
+                publish(part, content)
 
     benchmark.pedantic(work, rounds=1, iterations=1)
-    for part, content in made.items():
-        publish(part, content)
     for name, case in made["step"]["result"].items():
         assert case["check"][OURS]["passed"], (name, case["check"][OURS])
 
@@ -206,9 +236,9 @@ def main() -> None:
     given = parser.parse_args()
     names = given.only.split(",") if given.only else None
     counts = [int(count) for count in given.threads.split(",")]
-    content = run(given.part, names, counts, given.rounds, given.seconds)
-    if given.save:
-        publish(given.part, content, given.save)
+    for content in run(given.part, names, counts, given.rounds, given.seconds):
+        if given.save:
+            publish(given.part, content, given.save)
 
 
 if __name__ == "__main__":
