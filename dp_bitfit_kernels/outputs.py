@@ -1,7 +1,8 @@
 """What a model gives for a sample is its own: asked of every tensor in its outputs.
 
 A tensor of them holds the samples in one of the ways of ``arrangement``, and the part of a sample does not notice what
-another holds, or how many there are; or it is a total: a sum or a mean over samples, as a loss is.
+another holds, or how many there are; or it is one number, a sum or a mean over samples, as a loss is. Longer sums over
+samples are refused: who takes a loss of them may do so in a way that is no sum.
 """
 
 from __future__ import annotations
@@ -53,14 +54,16 @@ def require_own(trial: Trial, pairs: Sequence[tuple[Run, Run, slice]], other: in
             "how many tensors the model returns changes with what the samples hold: which of them belong to a sample "
             "is not known. Return one for all, batch-first"
         )
-    totals = {}
+    singles = {}
     for place in places:
-        own = [(a[place], b[place], kept) for a, b, kept in named]
-        single = own[0][0].numel() == 1 and count > 1  # a loss, also where the added row was the same to it
-        if single or not _is_own(place, own, count):
-            totals[place] = own[0][0].shape
-    if totals and other is not None:
-        _require_totals(trial, other, totals)
+        tensors = [(a[place], b[place], kept) for a, b, kept in named]
+        own, shape = _is_own(place, tensors, count), tensors[0][0].shape
+        if shape.numel() == 1:  # a loss: asked also where the added row was the same to it
+            singles[place] = own
+        elif not own:
+            raise _mixing(place, shape)
+    if singles and other is not None:
+        _require_totals(trial, other, singles)
 
 
 def _held_by(run: Run) -> _Held:
@@ -104,52 +107,51 @@ def _numbers(output: Tensor) -> Tensor:
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
-def _require_totals(trial: Trial, other: int, totals: dict[Place, torch.Size]) -> None:
+def _require_totals(trial: Trial, other: int, singles: dict[Place, bool]) -> None:
     """Of a sum or a mean over samples F, F(0, 0) + F(k, k) = F(0, k) + F(k, 0) on batches of two.
 
-    The same samples stand at the same places on both sides, so that random masks cancel. A total has the shape for two
-    samples that it has for more.
+    The same samples stand at the same places on both sides, so that random masks cancel.
+
+    singles: places of single numbers -> whether that is all the same, or each sample's own.
     """
     batch = trial.batch
     others = sorted({1, batch // 3, 2 * batch // 3, batch - 1} - {0}) if other > 0 else [-1]
     for k in others:
         try:
             found = [_held_by(trial.run([a, b])) for a in (0, k) for b in (0, k)]
-        except FAILURES as error:
-            if all(shape.numel() == 1 for shape in totals.values()):
-                return  # a model that cannot run on two samples is not asked for its loss
-            raise BatchLayoutError(
-                f"{_called(next(iter(totals)))} changes with another sample of the batch, and the model fails on two "
-                f"samples, so that nothing tells whether it is a total of them ({error})"
-            ) from error
-        if batch == 1:  # two samples are as many as one and the added: ask another number of them for the shapes
-            found.append(_held_by(trial.run([0, 0, 0])))
-        for place, shape in totals.items():
-            _require_total(place, shape, [run.get(place) for run in found])
+            if batch == 1:  # two are as many as the one and the added: does a list follow?
+                found.append(_held_by(trial.run([0, 0, 0])))
+        except FAILURES:  # a model that cannot run on two samples is not asked
+            return
+        for place, own in singles.items():
+            values = [run[place] for run in found if place in run]
+            if len(values) == len(found):
+                _require_total(place, values[:4])
+            elif not own:  # else in a list of one for each sample
+                raise _mixing(place, torch.Size())
 
 
-def _require_total(place: Place, shape: torch.Size, found: list[Tensor | None]) -> None:
-    values = [tensor for tensor in found if tensor is not None]
-    if len(values) < len(found) or any(value.shape != shape for value in values):
-        raise BatchLayoutError(
-            f"the output for a sample changes with another of the batch in {_called(place)}, of shape {tuple(shape)} "
-            "for one sample more: the inputs are sequence-first, or it is packed by what samples hold, or the model "
-            "mixes samples (batch statistics, attention or a loss across the batch). Per-sample gradients do not exist "
-            "for such a model"
-        )
-    losses = torch.stack([_numbers(value).double() for value in values[:4]])
-    counted = losses[1].isfinite() & losses[2].isfinite()
-    if not bool(counted.any()):
+def _require_total(place: Place, values: list[Tensor]) -> None:
+    losses = torch.stack([_numbers(value).double() for value in values])
+    if not bool(losses[1:3].isfinite().all()):
         return
-    size = 32 * torch.finfo(values[0].dtype).eps * losses[losses.isfinite()].abs().max()
+    size = 32 * torch.finfo(values[0].dtype).eps * losses.abs().amax()
     # Also where a sample has no loss of its own (no token that counts), but has one beside another.
-    apart = (losses[0] + losses[3] - losses[1] - losses[2]).abs() <= size
-    if not bool(apart[counted].all()):
+    if not bool(((losses[0] + losses[3] - losses[1] - losses[2]).abs() <= size).all()):
         raise BatchLayoutError(
-            f"the loss {_called(place)} that the model returns is not a mean or sum over samples: what one sample "
-            "adds depends on the others (a mean over tokens that are not padding, class weights, in-batch negatives). "
+            f"the loss {_called(place)} that the model returns is not a mean or sum over samples: what one sample adds "
+            "depends on the others (a mean over tokens that are not padding, class weights, in-batch negatives). "
             "Clipping cannot bound a sample's influence on such a loss: take the loss of each sample, then their mean"
         )
+
+
+def _mixing(place: Place, shape: torch.Size) -> BatchLayoutError:
+    return BatchLayoutError(
+        f"the output for a sample changes with another of the batch in {_called(place)}, of shape {tuple(shape)} for "
+        "one sample more: the inputs are sequence-first, or it is packed by what samples hold, or the model mixes samples "
+        "(batch statistics, attention, a sum or a loss across the batch). Per-sample gradients do not exist for such a "
+        "model"
+    )
 
 
 def _called(place: Place) -> str:

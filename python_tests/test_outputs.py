@@ -141,15 +141,16 @@ def test_a_total_goes_with_the_samples_or_not_at_all(power: float, right: bool, 
                 model(torch.randn(batch, T, 6))
 
 
-def test_sums_over_samples_and_numbers_beside_them_are_taken() -> None:
+def test_tables_and_numbers_beside_the_scores_are_taken() -> None:
     def give(s: Tensor) -> Any:
-        return {"scores": s, "summed": s.sum(0), "table": torch.eye(B + 1), "scale": torch.tensor(2.0), "n": len(s)}
+        each = [t.square().sum() for t in s]  # a loss of each sample
+        return {"scores": s, "each": each, "table": torch.eye(B + 1), "scale": torch.tensor(2.0), "n": len(s)}
 
     for batch in (1, B):
         engine, model, optimizer = private(Gives(give), torch.randn(batch, 1))
         with engine.batch(batch):
             found = model(torch.randn(batch, T, 6))
-            (found["scores"].square().sum() + found["summed"].sum()).backward()
+            (found["scores"].square().sum() + sum(found["each"])).backward()
             assert optimizer.step()
 
 
@@ -160,9 +161,11 @@ def test_sums_over_samples_and_numbers_beside_them_are_taken() -> None:
         (lambda s: list(s[s[..., 0] > 0]), "how many tensors"),
         (lambda s: nn.utils.rnn.pack_sequence(list(s)[::-1]).data[1:], "changes with another of the batch"),
         (lambda s: s.flatten(0, 1).cov(), "changes with another of the batch"),
+        (lambda s: s.mean(0), "changes with another of the batch"),
+        (lambda s: [t.square().sum() - s.square().mean() for t in s], "changes with another of the batch"),
     ],
 )
-def test_outputs_that_are_packed_by_what_samples_hold_are_refused(give: Callable[[Tensor], Any], says: str) -> None:
+def test_outputs_that_are_packed_or_summed_are_refused(give: Callable[[Tensor], Any], says: str) -> None:
     torch.manual_seed(1)
     engine, model, _ = private(Gives(give), torch.randn(B, 1))
     x = torch.randn(B, T, 6)
