@@ -44,8 +44,8 @@ OUTPUTS = (
     Sabotage(
         "a single number is a total",
         "outputs.py",
-        "            if len(values) == len(found):\n",
-        "    if False:\n",
+        "    if not bool(losses[1:3].isfinite().all()):\n",
+        "    if True:\n",
         (f"{OUTPUTS_}::test_a_loss_is_a_mean_over_samples_wherever_it_is",),
         also=(FEWER,),
     ),
