@@ -149,8 +149,8 @@ def _mixing(place: Place, shape: torch.Size) -> BatchLayoutError:
     return BatchLayoutError(
         f"the output for a sample changes with another of the batch in {_called(place)}, of shape {tuple(shape)} for "
         "one sample more: the inputs are sequence-first, or it is packed by what samples hold, or the model mixes "
-        "samples (batch statistics, attention, a sum or a loss across it). Per-sample gradients do not exist for such a "
-        "model"
+        "samples (batch statistics, attention, a sum or a loss across it). Per-sample gradients do not exist for such "
+        "a model"
     )
 
 
