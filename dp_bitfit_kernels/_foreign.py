@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._nested import dense_in
 from ._survey import Site, Slot
 
 PUT_ASIDE = "peft does not run it: a copy stands in for it, or its adapter is not active"
@@ -29,11 +30,10 @@ def integer_weights(module: nn.Module) -> list[tuple[str, str]]:
 
 def _integers(tensor: Any) -> str:
     """The dtype of integers that stand for numbers, also inside a tensor subclass (torchao); empty where none do."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        inner = (_integers(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-        return next((f"{type(tensor).__name__} of {what}" for what in inner if what), "")
-    exact = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
-    return "" if exact else str(tensor.dtype)
+    for own in dense_in(tensor):
+        if not (own.is_floating_point() or own.is_complex() or own.dtype == torch.bool):
+            return str(own.dtype) if own is tensor else f"{type(tensor).__name__} of {own.dtype}"
+    return ""
 
 
 def put_aside(sites: Sequence[Site], tensors: Sequence[Slot]) -> set[int]:

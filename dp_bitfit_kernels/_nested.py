@@ -63,6 +63,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor))
 
 
+def dense_in(tensor: Any) -> Iterator[Tensor]:
+    """The tensors that hold its numbers: itself, or those inside a class that wraps some (torchao's weights)."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from dense_in(getattr(tensor, name))
+    else:
+        yield tensor
+
+
 def plain_in(value: Any) -> Iterator[Any]:
     """Every number, word, flag and None in them."""
     return (leaf for leaf in leaves_in(value) if leaf is None or isinstance(leaf, _NUMBERS))

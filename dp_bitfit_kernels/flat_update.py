@@ -25,6 +25,7 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from ._nested import dense_in
 from .entries import Entry
 
 _FUSED = (optim.Adam, optim.AdamW, optim.SGD)
@@ -71,7 +72,7 @@ def _why_not(optimizer: Optimizer, entries: Sequence[Entry], model: nn.Module) -
     if watched(optimizer):
         return "hooks look at the optimizer's step"
     memory: dict[int, int] = defaultdict(int)
-    for tensor in chain(model.parameters(), model.buffers()):
+    for tensor in chain.from_iterable(map(dense_in, chain(model.parameters(), model.buffers()))):
         if tensor.layout == torch.strided:
             memory[tensor.untyped_storage().data_ptr()] += 1
     for entry in entries:

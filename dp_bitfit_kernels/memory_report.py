@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import _allocator, layers
-from ._nested import map_tensors, tensors_in
+from ._nested import dense_in, map_tensors, tensors_in
 from ._survey import arguments, call, undisturbed
 from ._validate import BatchLayoutError, ConversionError
 from .convert import convert_model, restore_model
@@ -215,8 +216,8 @@ def _samples(sample_batch: Any, batch: int, count: int) -> Any:
 
 def _kept(model: nn.Module, sample_batch: Any) -> dict[str, int]:
     """Bytes by kind of module, as autograd shows what it saves."""
-    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    given |= {t.untyped_storage().data_ptr() for t in tensors_in(sample_batch)}
+    held = chain(model.parameters(), model.buffers(), tensors_in(sample_batch))
+    given = {t.untyped_storage().data_ptr() for t in chain.from_iterable(map(dense_in, held))}
     running: list[str] = ["outside"]
     found: Counter[str] = Counter()
 
@@ -227,10 +228,11 @@ def _kept(model: nn.Module, sample_batch: Any) -> dict[str, int]:
         running.pop()
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.numel() and storage.data_ptr() not in given:
-            given.add(storage.data_ptr())
-            found[running[-1]] += storage.nbytes()
+        for own in dense_in(tensor):
+            storage = own.untyped_storage()
+            if own.numel() and storage.data_ptr() not in given:
+                given.add(storage.data_ptr())
+                found[running[-1]] += storage.nbytes()
         return tensor
 
     handles = [module.register_forward_pre_hook(enter, prepend=True) for module in model.modules()]

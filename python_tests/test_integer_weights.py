@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from attach import attach
 from networks import ConvNet, same, snapshot, step_and_oracle, trained_names
 from torch import Tensor, nn
 
@@ -23,6 +24,26 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.step, self.bias)
+
+
+class OverSamples(torch.autograd.Function):
+    """x @ w^T + b with the gradient of bitsandbytes' 4-bit product: the bias's is summed over the first dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad @ ctx.saved_tensors[0], None, grad.sum(0)
+
+
+class FlatLinear(Int8Linear):
+    """Autograd has no gradient for its bias where inputs have more than two dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return OverSamples.apply(x, self.weight.to(x.dtype) * self.step, self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -59,12 +80,14 @@ class IntegersInside(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
             return cls(args[0].inner)
-        if func is torch.ops.aten.t.default:
-            return args[0].inner.float().t()
-        raise NotImplementedError(func)
+        return func(*(arg.inner.float() if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
 
 
-QUANTISED = {"int8 parameter": (Int8Linear, "weight"), "packed buffer": (PackedLinear, "qweight")}
+QUANTISED = {
+    "int8 parameter": (Int8Linear, "weight"),
+    "flat inputs": (FlatLinear, "weight"),
+    "packed buffer": (PackedLinear, "qweight"),
+}
 
 
 def quantised(name: str) -> nn.Module:
@@ -104,6 +127,22 @@ def test_biases_over_them_are_trained_and_so_is_the_rest(name: str) -> None:
         torch.testing.assert_close(moved, oracle, rtol=1e-4, atol=1e-6)
 
 
+def test_a_bias_that_autograd_has_no_gradient_for_is_trained() -> None:
+    moved = []
+    for make in (FlatLinear, Int8Linear):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), make(6, 8), nn.Flatten(), nn.Linear(24, 3))
+        dpk.convert_model(model)
+        assert dpk.conversion_report(model).one_by_one == {}
+        engine, model, optimizer, _ = attach(model, torch.zeros(4), poisson_sampling=False)
+        before = model[1].bias.clone()
+        model(torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1))).square().sum(1).mean().backward()
+        assert optimizer.step()
+        moved.append(before - model[1].bias)
+    assert bool(moved[0].any())
+    assert torch.equal(*moved)
+
+
 def test_lora_over_them_is_trained() -> None:
     base = nn.Sequential()
     base.first, base.last = Int8Linear(6, 8), nn.Linear(8, 3)
@@ -126,6 +165,14 @@ def test_integers_inside_a_tensor_subclass() -> None:
     model[0].weight = nn.Parameter(IntegersInside(inner), requires_grad=False)
     with pytest.raises(dpk.UnsupportedModuleError, match=r"0\.weight: IntegersInside of torch\.int8"):
         dpk.convert_model(model, **dpk.presets.full())
+    before = model[0].bias.clone()
+    assert dpk.memory_report(dpk.convert_model(model), torch.randn(4, 6))
+    engine, model, optimizer, _ = attach(model, torch.zeros(4), poisson_sampling=False, bound=1e3)
+    x = torch.randn(4, 6)
+    model(x).square().sum(1).mean().backward()
+    assert optimizer.step()
+    expected = 2 * (x @ inner.float().t() + before).mean(0)
+    torch.testing.assert_close(before - model[0].bias, expected, rtol=1e-3, atol=1e-2)
 
 
 def test_weights_packed_by_torch_are_refused_too() -> None:

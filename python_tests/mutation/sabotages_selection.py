@@ -17,8 +17,8 @@ SELECTION = (
     Sabotage(
         "a module trained whole loses its integer weights without a word",
         "_foreign.py",
-        '    return "" if exact else str(tensor.dtype)\n',
-        '    return ""\n',
+        "        if not (own.is_floating_point() or own.is_complex() or own.dtype == torch.bool):\n",
+        "        if False:\n",
         (f"{INTEGERS}::test_they_are_refused_by_name",),
     ),
     Sabotage(
