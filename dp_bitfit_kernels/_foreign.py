@@ -31,7 +31,8 @@ def integer_weights(module: nn.Module) -> list[tuple[str, str]]:
 def _integers(tensor: Any) -> str:
     """The dtype of integers that stand for numbers, also inside a tensor subclass (torchao); empty where none do."""
     for own in dense_in(tensor):
-        if not (own.is_floating_point() or own.is_complex() or own.dtype == torch.bool):
+        numbers = own.is_floating_point() or own.is_complex() or own.dtype == torch.bool
+        if not numbers or (own.is_floating_point() and own.dtype.itemsize == 1):  # float8
             return str(own.dtype) if own is tensor else f"{type(tensor).__name__} of {own.dtype}"
     return ""
 

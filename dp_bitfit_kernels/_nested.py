@@ -3,59 +3,89 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import types
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from numbers import Integral, Number
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ._validate import BatchLayoutError
 
 
-def leaves_in(value: Any) -> Iterator[Any]:
-    """Everything in nested tuples, lists, mappings and dataclasses that is none of these."""
+def leaves_in(value: Any, around: tuple[int, ...] = ()) -> Iterator[Any]:
+    """Everything in nested tuples, lists, mappings and dataclasses that is none of these.
+
+    around: ids of those that it is in, for what holds itself.
+    """
+    items: Iterable[Any]
     if isinstance(value, Mapping):
-        for item in value.values():
-            yield from leaves_in(item)
+        items = value.values()
     elif isinstance(value, tuple | list):
-        for item in value:
-            yield from leaves_in(item)
+        items = value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from leaves_in(getattr(value, f.name))
+        items = (getattr(value, f.name) for f in dataclasses.fields(value))
     else:
         yield value
+        return
+    if id(value) not in around:
+        for item in items:
+            yield from leaves_in(item, (*around, id(value)))
 
 
 Place = tuple[tuple[Any, int], ...]  # keys from the outside in, each with the number of those beside it
 
 
-def held_in(value: Any, place: Place = (), known: set[int] | None = None) -> Iterator[tuple[Place, Tensor]]:
-    """Every tensor in them, and in the attributes of other objects among them (a cache), with its place."""
-    known = set() if known is None else known
+def held_in(value: Any, place: Place = (), known: dict[int, Any] | None = None) -> Iterator[tuple[Place, Tensor]]:
+    """Every tensor in them, in other collections, and in the attributes of objects (a cache, a distribution), with its
+    place. Not looked into: modules, classes.
+
+    Raises:
+        BatchLayoutError: there is an iterator, which can be read but once.
+    """
+    known = {} if known is None else known
     if isinstance(value, Tensor):
         yield place, value
+    elif value is None or isinstance(value, _CLOSED) or id(value) in known:
         return
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif isinstance(value, tuple | list):
-        items = list(enumerate(value))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-    elif value is None or callable(value) or isinstance(value, _PLAIN) or id(value) in known:
-        return
-    else:
-        known.add(id(value))
-        names = [*getattr(value, "__dict__", ()), *_slots(type(value))]
-        items = [(name, getattr(value, name)) for name in names if hasattr(value, name)]
+    if isinstance(value, Iterator):
+        raise BatchLayoutError(
+            f"the model returns a {type(value).__name__}: what it holds cannot be asked. Return a list of it"
+        )
+    known[id(value)] = value  # alive, so that no other has its id
+    items = list(_items(value))
     for key, item in items:
         yield from held_in(item, (*place, (key, len(items))), known)
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(key, item) of what a collection, a function or another object holds."""
+    if isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, Collection) and not isinstance(value, Tensor | np.ndarray):
+        yield from enumerate(value)
+    elif isinstance(value, functools.partial):
+        yield from enumerate((value.func, value.args, value.keywords))
+    elif isinstance(value, types.FunctionType | types.MethodType):
+        cells = getattr(value, "__closure__", None) or ()
+        yield from enumerate([cell.cell_contents for cell in cells if cell != types.CellType()])
+        yield "self", getattr(value, "__self__", None)
+    for name in [*getattr(value, "__dict__", ()), *_slots(type(value))]:
+        if not isinstance(value, types.FunctionType) and hasattr(value, name):
+            yield name, getattr(value, name)
 
 
 def _slots(kind: type) -> Iterator[str]:
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
-        yield from (slots,) if isinstance(slots, str) else slots
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            yield f"_{base.__name__.lstrip('_')}{name}" if private else name
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -130,4 +160,9 @@ def form(value: Any, numbers: bool = False) -> tuple[Any, ...]:
 
 
 _NUMBERS = (Number, str, Enum)  # numbers of NumPy, too
-_PLAIN = (Tensor, *_NUMBERS, set, frozenset, torch.dtype, torch.device, torch.memory_format, slice, range)
+_OF_TORCH = (torch.dtype, torch.device, torch.memory_format)
+_PLAIN = (Tensor, *_NUMBERS, set, frozenset, *_OF_TORCH, slice, range)
+_CLOSED = (
+    *(*_NUMBERS, bytes, *_OF_TORCH, slice, range),
+    *(nn.Module, type, types.ModuleType, types.BuiltinFunctionType, weakref.ref),
+)

@@ -26,11 +26,11 @@ def alike(first: Any, second: Any) -> bool:
     """Equal but for rounding: kernels are chosen by the number of samples. What is neither a tensor nor a container
     of some is compared, too, where it is a number or a word."""
     a, b = list(tensors_in(first)), list(tensors_in(second))
-    rounded = all(same(x, y, _room(x.dtype)) for x, y in zip(a, b, strict=True)) if len(a) == len(b) else False
+    rounded = all(same(x, y, room(x.dtype)) for x, y in zip(a, b, strict=True)) if len(a) == len(b) else False
     return rounded and list(plain_in(first)) == list(plain_in(second))
 
 
-def _room(dtype: torch.dtype) -> float:
+def room(dtype: torch.dtype) -> float:
     return 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3  # of the largest value
 
 
@@ -164,7 +164,7 @@ def _close(first: list[Tensor], second: list[Tensor]) -> bool:
     """Gradients equal but for rounding; one that is nothing else (zero but for it) is held against the largest."""
     largest = max((float(t.abs().max()) for t in second if t.numel()), default=0.0)
     return all(
-        same(a, b, _room(a.dtype)) or float((a - b).abs().max()) <= 1e-3 * _room(a.dtype) * largest
+        same(a, b, room(a.dtype)) or float((a - b).abs().max()) <= 1e-3 * room(a.dtype) * largest
         for a, b in zip(first, second, strict=True)
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import random
 from collections.abc import Iterator
-from functools import partial
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from . import _slices, evidence
+from ._in_float32 import HALF, InFloat32
 from ._nested import form, map_tensors, tensors_in
+from ._same_draws import SameDraws
 from ._validate import BatchLayoutError
 from .layers import BiasLayer
+from .layers.base import STATE
 from .layers.one_by_one import Call, OneByOneLayer
 from .layers.own_forward import OwnForwardLayer
 from .layers.spread import Copies
 
 Calls = dict[OneByOneLayer, tuple[Call, ...]]
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
+FAILURES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
 
 
 @dataclasses.dataclass
@@ -33,6 +38,7 @@ class Run:
     seen: list[evidence.Seen]  # one for each call of a converted layer
     called: list[evidence.Called]  # one for each call of a layer that is run one sample at a time
     buffers: dict[str, Tensor]  # after the run
+    attributes: dict[str, Tensor]  # tensors that modules hold besides, after the run
     at_once: set[tuple[OneByOneLayer, tuple[Any, ...]]]  # forms of calls that vmap runs, of those that were tried
 
 
@@ -57,6 +63,7 @@ class Trial:
     batch: int
     layers: list[BiasLayer]
     spread: set[BiasLayer] = dataclasses.field(default_factory=set)  # what they share is copied for each sample
+    shared: frozenset[int] = frozenset()  # places of inputs that are the same for all samples, of whatever size
 
     def run(
         self,
@@ -65,15 +72,19 @@ class Trial:
         calls: Calls | None = None,
         instead: Calls | None = None,
         changed: tuple[bool, ...] = (),
+        exact: bool = False,
+        same_draws: bool = False,
     ) -> Run:
         """One run on these rows of the inputs.
 
-        changed: of which samples the copies are other than what they are copies of.
+        changed: of which samples the copies are other than what they are copies of. exact: a model of half
+        precision runs in float32, where it can. same_draws: random numbers do not tell samples apart.
 
         first: layers with a forward of their own are tried in it. calls: layers run one sample at a time are compared
         with themselves. instead: these are run so, and the model goes on with that.
         """
-        run = Run(None, [], [], {}, set())
+        wide = exact and self.half  # which may run the model itself
+        run = Run(None, [], [], {}, {}, set())
         at_once: dict[tuple[OneByOneLayer, tuple[Any, ...]], bool] = {}
         watches: dict[OneByOneLayer, tuple[evidence.Watch, Any]] = {}
 
@@ -129,12 +140,20 @@ class Trial:
             for own, buffer in module._buffers.items()
             if buffer is not None
         ]
+        attributes = Attributes(self.model)
         for layer in self.spread:
             layer.__dict__["trial_copies"] = Copies(len(rows), changed or (False,) * len(rows))
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices), python_generators_kept():
-                chosen = map_tensors((self.args, self.kwargs), partial(_take, batch=self.batch, rows=rows))
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=devices),
+                python_generators_kept(),
+                InFloat32() if wide else nullcontext(),
+                SameDraws() if same_draws else nullcontext(),
+            ):
+                chosen = self.chosen(rows)
                 run.output = self.model(*chosen[0], **chosen[1])
+            run.attributes = attributes.written()
             for module, name, own, _, _ in owned:
                 value = module._buffers[own]
                 if value is not None:
@@ -148,7 +167,80 @@ class Trial:
             with torch.no_grad():
                 for module, _, own, buffer, before in owned:
                     module._buffers[own] = buffer.copy_(before)  # also where the model put another tensor there
+                attributes.put_back()
         return run
+
+    def chosen(self, rows: list[int]) -> Any:
+        """(args, kwargs) of these rows."""
+        places = itertools.count()
+        return map_tensors(
+            (self.args, self.kwargs),
+            lambda tensor: tensor if next(places) in self.shared else _take(tensor, self.batch, rows),
+        )
+
+    def of_samples(self) -> Iterator[Tensor]:
+        """The inputs that hold the samples."""
+        for place, tensor in enumerate(tensors_in((self.args, self.kwargs))):
+            if place not in self.shared and tensor.dim() > 0 and tensor.shape[0] == self.batch:
+                yield tensor
+
+    @functools.cached_property
+    def half(self) -> bool:
+        """Whether something runs in half precision that float32 can stand in for."""
+        autocast = any(torch.is_autocast_enabled(kind) for kind in {p.device.type for p in self.model.parameters()})
+        if not autocast and not any(p.dtype in HALF for p in self.model.parameters()):
+            return False
+        self.__dict__["half"] = True
+        try:
+            self.run([0], exact=True)
+        except FAILURES:
+            return False
+        return True
+
+
+class Attributes:
+    """Plain numbers (a counter of steps) and tensors that modules hold beside their parameters and buffers."""
+
+    def __init__(self, model: nn.Module):
+        self._modules = list(model.named_modules())
+        self._numbers = [(m, k, v) for _, m in self._modules for k, v in vars(m).items() if type(v) in (int, float)]
+        self._tensors = {(m, k): (v, v.detach().clone()) for _, m, k, v in self._held()}
+
+    def _held(self) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+        for name, module in self._modules:
+            for key, value in vars(module).items():
+                if isinstance(value, Tensor) and value.layout == torch.strided and key not in STATE:
+                    yield name, module, key, value
+
+    def written(self) -> dict[str, Tensor]:
+        """Those that are not what they were."""
+        found = {}
+        for name, module, key, value in self._held():
+            known, before = self._tensors.get((module, key), (None, None))
+            if value is not known or before is None or not torch.equal(value, before):
+                found[f"{name}.{key}" if name else key] = value.detach().clone()
+        return found
+
+    def put_back(self) -> None:
+        for module, key, number in self._numbers:
+            if module.__dict__.get(key) is not number:
+                module.__dict__[key] = number
+        for _, module, key, _ in list(self._held()):
+            if (module, key) not in self._tensors:
+                del module.__dict__[key]
+        for (module, key), (value, before) in self._tensors.items():
+            module.__dict__[key] = value
+            if not torch.equal(value, before):
+                value.detach().copy_(before)
+
+
+def written_from_samples(first: Run, last: Run) -> list[str]:
+    """Names of tensors that modules held after two runs, and that differ by what the samples held."""
+    return [
+        name
+        for name in first.attributes.keys() & last.attributes.keys()
+        if not evidence.same(first.attributes[name].cpu(), last.attributes[name].cpu(), 0.0)
+    ]
 
 
 def _take(tensor: Tensor, batch: int, rows: list[int]) -> Tensor:
@@ -176,12 +268,12 @@ def _changed(row: Tensor) -> Tensor:
     return row.flip(-1) if row.dim() and not bool((row == row.flip(-1)).all()) else (row - 1).clamp(min=0)
 
 
-def another_row(args: Any, kwargs: Any, batch: int) -> int | None:
+def another_row(trial: Trial) -> int | None:
     """A row whose content differs from row 0 in some input; where all are alike, -1: row 0 changed; None: neither."""
-    for tensor in tensors_in((args, kwargs)):
-        if batch > 1 and tensor.dim() > 0 and tensor.shape[0] == batch:
+    batch, held = trial.batch, list(trial.of_samples())
+    for tensor in held:
+        if batch > 1:
             different = (tensor[1:] != tensor[:1]).flatten(1).any(1) if tensor.dim() > 1 else tensor[1:] != tensor[0]
             if bool(different.any()):
                 return 1 + int(different.int().argmax())
-    changeable = (t[0] for t in tensors_in((args, kwargs)) if t.dim() > 0 and t.shape[0] == batch)
-    return -1 if any(not torch.equal(row, _changed(row)) for row in changeable) else None
+    return -1 if any(not torch.equal(tensor[0], _changed(tensor[0])) for tensor in held) else None

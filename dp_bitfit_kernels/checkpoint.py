@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
+from ._nested import dense_in
 from ._validate import CheckpointError
 from .convert import conversion_report
 
@@ -267,7 +268,7 @@ def _base_weights(model: nn.Module, trained: set[str]) -> str:
     digest = hashlib.sha256()
     frozen = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False) if name not in trained}
     frozen.update((name, b) for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in _STATISTICS)
-    for name, tensor in sorted(frozen.items()):
+    for name, tensor in ((name, part) for name, whole in sorted(frozen.items()) for part in dense_in(whole)):
         count = tensor.numel()
         places = sorted({place * count // _SAMPLED for place in range(_SAMPLED)} if count else set())
         sample = tensor.flatten()[torch.tensor(places, dtype=torch.int64, device=tensor.device)]

@@ -59,9 +59,16 @@ def at_each_size(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         left = left[left <= limit]
 
 
-def _digest(parts: Tensor) -> Tensor:
-    """[n, ...] -> [n] float64, the sums of moduli."""
+def _digest(parts: Tensor, signed: bool = False) -> Tensor:
+    """[n, ...] -> [n] float64, the sums of moduli; ``signed``: [n, 2], a sum with weights, too, which notices turned
+    signs and another order."""
     flat = parts.flatten(1)
+    if signed:
+        weights = torch.arange(flat.shape[1], device=flat.device, dtype=torch.float64).mul_(2.4).cos_()
+        numbers = torch.view_as_real(flat).sum(2) if flat.is_complex() else flat
+        wide = numbers.dtype if numbers.dtype == torch.float64 else torch.float32
+        weighted = (numbers.to(wide) @ weights.to(wide)).double()
+        return torch.stack([_digest(parts), weighted], 1)
     if flat.dtype in (torch.float32, torch.bfloat16, torch.float16):  # a copy in float64 takes ten times as long
         moduli = flat.to(torch.float32).abs()
         runs = moduli.shape[1] // _RUN
@@ -93,14 +100,16 @@ class Seen:
 
     @staticmethod
     def of(layer: BiasLayer, given: Any, output: Tensor, samples: int) -> Seen:
-        def cut(x: Tensor) -> dict[tuple[str, int], Tensor]:
+        def cut(x: Tensor, signed: bool = False) -> dict[tuple[str, int], Tensor]:
+            x = x[:, None] if signed and x.dim() == 1 else x  # ids
             ways = candidates(x.shape, samples, layer.channels_first)
-            return {(kind, k): _digest(by_sample(x, kind, samples)) for kind, k in ways}
+            return {(kind, k): _digest(by_sample(x, kind, samples), signed) for kind, k in ways}
 
         shared = isinstance(layer, EmbeddingLayer) and (output.dim() == 2 or (output.dim() == 3 and len(output) == 1))
         whole = _digest(output.reshape(1, -1)) if shared else None
         asked = any(name.rpartition(".")[2].endswith("weight") for name in layer.trained)
-        inputs = [cut(x) for x in tensors_in(given) if x.is_floating_point()] if asked else []
+        ids = isinstance(layer, EmbeddingLayer)
+        inputs = [cut(x, signed=True) for x in tensors_in(given) if ids or x.is_floating_point()] if asked else []
         return Seen(layer, tuple(output.shape), cut(output), whole, inputs)
 
 
@@ -312,6 +321,12 @@ def calls(
         runs = [small, *(call for pair in own for call in pair)]
         outputs = []
         try:
+            if len({(len(run.inputs), len(run.outputs)) for run in runs}) > 1:
+                raise BatchLayoutError(
+                    f"layer {layer.layer_name!r} is run one sample at a time, but takes or gives another number of "
+                    f"tensors from call to call (layers that are dropped by chance?). {INSTEAD}",
+                    [layer],
+                )
             inputs = tuple(_axis(layer, c, slices, batch) for c in zip(*(run.inputs for run in runs), strict=True))
             for cuts in zip(*(run.outputs for run in runs), strict=True):
                 axis = _axis(layer, cuts, slices, batch)

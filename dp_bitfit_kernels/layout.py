@@ -10,16 +10,17 @@ itself returns must be a sum or mean over samples.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _slices, evidence, outputs
+from . import _slices, evidence, outputs, totals
 from ._nested import tensors_in
 from ._survey import evaluating
-from ._trial import FAILURES, MIXED, Calls, Run, Trial, another_row
+from ._trial import FAILURES, MIXED, Calls, Run, Trial, another_row, written_from_samples
 from ._validate import BatchLayoutError
 from .arrangement import PLAIN, Arrangement
 from .layers import BiasLayer
@@ -40,8 +41,18 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def leading_sizes(args: Any, kwargs: Any) -> set[int]:
-    """Leading sizes of all tensor inputs of at least one dimension."""
-    return {t.shape[0] for t in tensors_in((args, kwargs)) if t.dim() > 0}
+    """Leading sizes of all tensor inputs of at least one dimension.
+
+    Raises:
+        BatchLayoutError: one is sparse or nested.
+    """
+    sizes = set()
+    for tensor in tensors_in((args, kwargs)):
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise BatchLayoutError("a sparse or nested input: its samples are not known; give the model a dense tensor")
+        if tensor.dim() > 0:
+            sizes.add(tensor.shape[0])
+    return sizes
 
 
 def batch_of(args: Any, kwargs: Any) -> int:
@@ -111,7 +122,14 @@ class Proof:
             own.__dict__["tried"] = True
 
 
-def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[BiasLayer]) -> Proof:
+def prove(
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    batch: int,
+    layers: list[BiasLayer],
+    shared_inputs: frozenset[int] = frozenset(),
+) -> Proof:
     """Run ``model`` four times on B + 1 rows, without gradients, and see where each converted layer holds the samples.
 
     A row is added behind the samples, and ahead of them (a model may mix forward only, as a causal one does along its
@@ -119,14 +137,17 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
     B + 1 samples; and neither the outputs of the B samples, of the layers or of the model, nor a buffer may notice what
     the added row holds. A loss that the model returns must be a sum or a mean over samples. Where layers are run one
     sample at a time, a fifth run on the B samples tells which dimensions of their inputs and outputs follow.
-    The generators' state and the buffers are as before afterwards.
+    The generators' state, the buffers and what modules hold besides are as before afterwards.
+
+    shared_inputs: places among the tensors given of what all samples share, though its leading size may now be B.
 
     Raises:
         BatchLayoutError: naming the layer whose output does not follow the batch or whose rows are not the samples, or
             saying that the model mixes samples, or that it cannot be run with one more row.
     """
-    trial = Trial(model, args, kwargs, batch, layers, {m for m in layers if isinstance(m, SpreadLayer) and m.trained})
-    other = another_row(args, kwargs, batch)
+    spread: set[BiasLayer] = {m for m in layers if isinstance(m, SpreadLayer) and m.trained}
+    trial = Trial(model, args, kwargs, batch, layers, spread, shared_inputs)
+    other = another_row(trial)
     added = (0,) if other is None else (0, other, MIXED) if other >= 0 else (0, other)
     samples = range(batch)
     alone = any(isinstance(layer, OneByOneLayer) for layer in layers)
@@ -138,8 +159,8 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
             same = trial.run([*samples]) if alone else None
         except FAILURES as error:
             raise BatchLayoutError(
-                f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} ({error}). "
-                + (f"{evidence.INSTEAD}" if trial.spread else ""),
+                f"the batch layout cannot be proven: the model fails on {batch + 1} samples, given {batch} "
+                f"({type(error).__name__}: {error}). " + (f"{evidence.INSTEAD}" if trial.spread else ""),
                 list(trial.spread),
             ) from error
         pairs = [(behind[0], last, slice(0, batch)) for last in behind[1:] or behind]
@@ -162,6 +183,13 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
         at_once = trial.run([*samples], calls=calls).at_once
         calls = _with(calls, lambda alone, call: (alone, call.form) in at_once)
         calls = _require_same_around(trial, calls)
+    kept_aside = sorted({name for first, last, _ in pairs for name in written_from_samples(first, last)})
+    if kept_aside:
+        warnings.warn(
+            f"the model keeps tensors that it made from the batch as attributes ({', '.join(kept_aside[:8])}): what "
+            "reads them later, in the loss or in a later step, passes records on without clipping and noise",
+            stacklevel=2,
+        )
     for first, last, _ in pairs:
         for name, value in first.buffers.items():
             if not evidence.same(value, last.buffers[name], 0.0):
@@ -169,7 +197,9 @@ def prove(model: nn.Module, args: Any, kwargs: Any, batch: int, layers: list[Bia
                     f"buffer {name!r} is written from the batch: it would hold private data without noise. Stop the "
                     "model from writing it (eval() of its module does so in most)"
                 )
-    outputs.require_own(trial, pairs, other)
+    singles = outputs.require_own(trial, pairs)
+    if singles and other is not None:
+        totals.require_totals(trial, other, singles)
     outputs.require_same_for_more(trial)
     if trial.spread:
         _require_copies_apart(trial, arrangements)

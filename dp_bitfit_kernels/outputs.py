@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from . import _slices, evidence
+from ._in_float32 import HALF
 from ._nested import Place, held_in
-from ._same_draws import SameDraws
 from ._survey import evaluating
 from ._trial import FAILURES, Run, Trial
 from ._validate import BatchLayoutError
-from .arrangement import by_sample, candidates
+from .arrangement import INNER, MAJOR, by_sample
 
 _Held = dict[Place, Tensor]
 
@@ -36,18 +36,20 @@ def loss_in(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.dim() == 0 and output.is_floating_point() else None
 
 
-def require_own(trial: Trial, pairs: Sequence[tuple[Run, Run, slice]], other: int | None) -> None:
-    """Every output is each sample's own, or a total of them.
+def require_own(trial: Trial, pairs: Sequence[tuple[Run, Run, slice]]) -> dict[Place, bool]:
+    """Every output is each sample's own, or a single number.
 
     Args:
         pairs: runs on B + 1 rows that differ in the added one, and the rows of the samples.
-        other: a row unlike the first, or -1 for a changed one; None: there is none, so that nothing shows.
+
+    Returns:
+        places of single numbers -> whether that is all the same, or each sample's own.
 
     Raises:
         BatchLayoutError: saying which output is neither.
     """
     count = trial.batch + 1
-    named = [(_held_by(a), _held_by(b), kept) for a, b, kept in pairs]
+    named = [(held_by(a), held_by(b), kept) for a, b, kept in pairs]
     places = named[0][0].keys()
     if any(found.keys() != places for a, b, _ in named for found in (a, b)):
         raise BatchLayoutError(
@@ -61,29 +63,41 @@ def require_own(trial: Trial, pairs: Sequence[tuple[Run, Run, slice]], other: in
         if shape.numel() == 1:  # a loss: asked also where the added row was the same to it
             singles[place] = own
         elif not own:
-            raise _mixing(place, shape)
-    if singles and other is not None:
-        _require_totals(trial, other, singles)
+            raise mixing(place, shape)
+    return singles
 
 
-def _held_by(run: Run) -> _Held:
+def held_by(run: Run) -> _Held:
     """The outputs that a gradient can come from."""
-    return {place: tensor for place, tensor in held_in(run.output) if tensor.is_floating_point() or tensor.is_complex()}
+    found = {}
+    for place, tensor in held_in(run.output):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        wraps = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if tensor.is_nested or tensor.is_meta or tensor.is_quantized or wraps:
+            raise BatchLayoutError(
+                f"{called(place)} is a {type(tensor).__name__} that cannot be compared (nested, on meta, quantised): "
+                "whose rows are whose is not known. Return a tensor padded to one size"
+            )
+        dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+        found[place] = dense.float() if dense.dtype.itemsize == 1 else dense
+    return found
 
 
 def _is_own(place: Place, own: Sequence[tuple[Tensor, Tensor, slice]], count: int) -> bool:
     shape = own[0][0].shape
-    if any(tensor.shape != shape for a, b, _ in own for tensor in (a, b)):
-        return False
-    for kind, _ in _ways(shape, count):
-        parts = [(_parts(a, kind, count)[kept], _parts(b, kind, count)[kept]) for a, b, kept in own]
-        if all(evidence.same(x, y, 1e-4) for pair in parts for x, y in evidence.at_each_size(pair)):
-            return True
+    if all(tensor.shape == shape for a, b, _ in own for tensor in (a, b)):
+        for way in _ways(shape, count):
+            parts = [(_parts(a, way, count)[kept], _parts(b, way, count)[kept]) for a, b, kept in own]
+            if all(_alike(*pair) for pair in parts):
+                return True
     return all(
-        _of_added(place, count, kept)
-        or all(evidence.same(x, y, 1e-4) for x, y in evidence.at_each_size((_numbers(a), _numbers(b))))
-        for a, b, kept in own
+        _of_added(place, count, kept) or (a.shape == b.shape and _alike(numbers(a), numbers(b))) for a, b, kept in own
     )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return all(evidence.same(x, y, 1e-4) for x, y in evidence.at_each_size((a, b)))
 
 
 def _of_added(place: Place, count: int, kept: slice) -> bool:
@@ -91,70 +105,46 @@ def _of_added(place: Place, count: int, kept: slice) -> bool:
     return any(n == count and isinstance(key, int) and key not in range(count)[kept] for key, n in place)
 
 
-def _ways(shape: Sequence[int], count: int) -> Iterator[tuple[str, int]]:
-    return candidates((*shape, 1) if len(shape) == 1 else tuple(shape), count, channels_first=False)
+_Way = tuple[int, str, int]  # dimension, kind, rows of a sample
 
 
-def _parts(output: Tensor, kind: str, count: int) -> Tensor:
+def _ways(shape: Sequence[int], count: int) -> Iterator[_Way]:
+    """The ways in which some dimension may hold the samples, the leading one first."""
+    for axis, size in enumerate(shape):
+        if size and size % count == 0:
+            yield axis, MAJOR, size // count
+            if size > count:
+                yield axis, INNER, size // count
+
+
+def _parts(output: Tensor, way: _Way, count: int) -> Tensor:
     """[B, ...]: the part of each sample."""
-    numbers = _numbers(output)
-    return by_sample(numbers[:, None] if numbers.dim() == 1 else numbers, kind, count)
+    axis, kind, _ = way
+    return by_sample(numbers(output.movedim(axis, 0)), kind, count)
 
 
-def _numbers(output: Tensor) -> Tensor:
+def numbers(output: Tensor) -> Tensor:
     """As real numbers of at least float32."""
     output = torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
-    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    return output.float() if output.dtype in HALF else output
 
 
-def _require_totals(trial: Trial, other: int, singles: dict[Place, bool]) -> None:
-    """Of a sum or a mean over samples F, F(0, 0) + F(k, k) = F(0, k) + F(k, 0) on batches of two.
-
-    The same samples stand at the same places on both sides, so that random masks cancel.
-
-    singles: places of single numbers -> whether that is all the same, or each sample's own.
-    """
-    batch = trial.batch
-    others = sorted({1, batch // 3, 2 * batch // 3, batch - 1} - {0}) if other > 0 else [-1]
-    for k in others:
-        try:
-            found = [_held_by(trial.run([a, b])) for a in (0, k) for b in (0, k)]
-            if batch == 1:  # two are as many as the one and the added: does a list follow?
-                found.append(_held_by(trial.run([0, 0, 0])))
-        except FAILURES:  # a model that cannot run on two samples is not asked
-            return
-        for place, own in singles.items():
-            values = [run[place] for run in found if place in run]
-            if len(values) == len(found):
-                _require_total(place, values[:4])
-            elif not own:  # else in a list of one for each sample
-                raise _mixing(place, torch.Size())
+def room(output: Tensor) -> float:
+    """Of the largest, what rounding may take from equal sums of it."""
+    eps = torch.finfo(output.dtype).eps
+    return 4 * eps if output.dtype in HALF else 32 * eps
 
 
-def _require_total(place: Place, values: list[Tensor]) -> None:
-    losses = torch.stack([_numbers(value).double() for value in values])
-    if not bool(losses[1:3].isfinite().all()):
-        return
-    size = 32 * torch.finfo(values[0].dtype).eps * losses.abs().amax()
-    # Also where a sample has no loss of its own (no token that counts), but has one beside another.
-    if not bool(((losses[0] + losses[3] - losses[1] - losses[2]).abs() <= size).all()):
-        raise BatchLayoutError(
-            f"the loss {_called(place)} that the model returns is not a mean or sum over samples: what one sample adds "
-            "depends on the others (a mean over tokens that are not padding, class weights, in-batch negatives). "
-            "Clipping cannot bound a sample's influence on such a loss: take the loss of each sample, then their mean"
-        )
-
-
-def _mixing(place: Place, shape: torch.Size) -> BatchLayoutError:
+def mixing(place: Place, shape: torch.Size) -> BatchLayoutError:
     return BatchLayoutError(
-        f"the output for a sample changes with another of the batch in {_called(place)}, of shape {tuple(shape)} for "
+        f"the output for a sample changes with another of the batch in {called(place)}, of shape {tuple(shape)} for "
         "one sample more: the inputs are sequence-first, or it is packed by what samples hold, or the model mixes "
         "samples (batch statistics, attention, a sum or a loss across it). Per-sample gradients do not exist for such "
         "a model"
     )
 
 
-def _called(place: Place) -> str:
+def called(place: Place) -> str:
     return "output" + "".join(f"[{key!r}]" for key, _ in place)
 
 
@@ -189,7 +179,7 @@ def _same_for_repeats(trial: Trial) -> bool:
 
 def _same_for_more(trial: Trial) -> bool:
     """One sample more, and each half of the samples alone: what depends on the largest or the least of a batch does not
-    notice another copy of one. Of repeats of one sample a mean is the same however many, a sum is as many times that.
+    notice another copy of one. Of repeats of one sample a mean is the same however many, and a sum grows evenly.
     """
     samples, half = [*range(trial.batch)], trial.batch // 2
     whole = _output_of(trial, samples)
@@ -201,15 +191,14 @@ def _same_for_more(trial: Trial) -> bool:
         part = _output_of(trial, rows)
         right = right and (part is None or _agree(part, len(rows), whole, trial.batch, rows[0]))
     if right and any(tensor.numel() == 1 for tensor in whole.values()):
-        two, four = _output_of(trial, [0] * 2), _output_of(trial, [0] * 4)
-        right = two is None or four is None or _totals_agree(two, four)
+        repeats = [_output_of(trial, [0] * count) for count in (2, 4, 6)]
+        right = any(found is None for found in repeats) or _totals_agree(*repeats)  # type: ignore[arg-type]
     return right
 
 
 def _output_of(trial: Trial, rows: list[int]) -> _Held | None:
     try:
-        with SameDraws():
-            return _held_by(trial.run(rows))
+        return held_by(trial.run(rows, exact=True, same_draws=True))
     except FAILURES:
         return None
 
@@ -222,22 +211,24 @@ def _agree(few: _Held, count: int, many: _Held, among: int, first: int) -> bool:
         if a.dim() != b.dim():
             continue
         known = set(_ways(b.shape, among))
-        ways = [kind for kind, k in _ways(a.shape, count) if (kind, k) in known]
-        pairs = [(_parts(a, kind, count), _parts(b, kind, among)[first : first + count]) for kind in ways]
+        ways = [way for way in _ways(a.shape, count) if way in known]
+        pairs = [(_parts(a, way, count), _parts(b, way, among)[first : first + count]) for way in ways]
         pairs = [(own, other) for own, other in pairs if own.shape == other.shape]
+        size = _slices.room(a.dtype)
         if pairs and not any(
-            all(_slices.alike(own, other) for own, other in evidence.at_each_size(pair)) for pair in pairs
+            all(evidence.same(own, other, size) for own, other in evidence.at_each_size(pair)) for pair in pairs
         ):
             return False
     return True
 
 
-def _totals_agree(two: _Held, four: _Held) -> bool:
-    """Totals of two and of four copies of one sample."""
-    for place in two.keys() & four.keys():
-        a, b = two[place], four[place]
-        if a.numel() == b.numel() == 1 and bool(a.isfinite().all()):
-            a, b = _numbers(a).flatten(), _numbers(b).flatten()
-            if not _slices.alike(a, b) and not _slices.alike(2 * a, b):
+def _totals_agree(two: _Held, four: _Held, six: _Held) -> bool:
+    """Totals of two, of four and of six copies of one sample: all the same, or as much more each time."""
+    for place in two.keys() & four.keys() & six.keys():
+        values = [two[place], four[place], six[place]]
+        if all(value.numel() == 1 and bool(value.isfinite().all()) for value in values):
+            a, b, c = (numbers(value).double().flatten() for value in values)
+            size = _slices.room(values[0].dtype) * torch.stack([b - a, c - b, 1e-2 * c]).abs().amax()
+            if not bool(((c - b) - (b - a)).abs().amax() <= size):
                 return False
     return True

@@ -38,6 +38,9 @@ class Proofs:
         self._warned = False
         self._known: dict[bytes, dict[Any, layout.Proof]] = {}  # training modes -> form of call, sizes -> proof
         self._applied: layout.Proof | None = None  # what the layers go by
+        self._shared: dict[
+            tuple[int, ...], set[int]
+        ] = {}  # dimensions of the inputs -> those that once were not B long
 
     def modes(self) -> bytes:
         """A model may mix samples, or write a buffer, in training mode only: each combination is proven by itself."""
@@ -60,6 +63,7 @@ class Proofs:
         Raises:
             BatchLayoutError: see ``layout.prove``.
         """
+        self._learn(args, kwargs, batch)
         if self.asked:
             return
         # What batches hold may change what a model does with them: asked again, ever more rarely.
@@ -96,7 +100,7 @@ class Proofs:
             self._warn("no tensor input of the model has the batch as its leading dimension")
             return
         modes = self.modes()
-        proof = layout.prove(self.model, args, kwargs, batch, self.layers)
+        proof = layout.prove(self.model, args, kwargs, batch, self.layers, self._learn(args, kwargs, batch))
         unlike = proof.unlike_before() if late else []
         self._apply(proof)
         if unlike:
@@ -111,6 +115,14 @@ class Proofs:
             if len(known) > _MANY:
                 del known[next(iter(known))]
                 self._warn_of_many()
+
+    def _learn(self, args: Any, kwargs: Any, batch: int) -> frozenset[int]:
+        """Places of inputs that once had another leading size than the batch: masks [T, T] and class weights, which
+        may have it by chance now."""
+        tensors = list(tensors_in((args, kwargs)))
+        known = self._shared.setdefault(tuple(tensor.dim() for tensor in tensors), set())
+        known.update(place for place, tensor in enumerate(tensors) if tensor.dim() and tensor.shape[0] != batch)
+        return frozenset(known)
 
     def _of(self, arguments: Any) -> layout.Proof | None:
         known, asked = self._known.get(self.modes(), {}), form(arguments, numbers=True)

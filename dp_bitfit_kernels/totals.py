@@ -1,0 +1,93 @@
+"""A single number that a model returns, as a loss, is a sum or a mean over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._nested import Place
+from ._trial import FAILURES, Trial
+from ._validate import BatchLayoutError
+from .outputs import called, held_by, mixing, numbers, room
+
+_ROWS = 10  # of a batch, whose losses are asked in pairs
+_BESIDE = 28  # others beside them
+
+
+def require_totals(trial: Trial, other: int, singles: dict[Place, bool]) -> None:
+    """Of a sum or a mean over samples F, F(a, b) + F(c, d) = F(a, d) + F(c, b), alone and with others beside them.
+
+    The same samples stand at the same places on both sides, so that random masks cancel. Asked of rows that differ in
+    one input or another, in their labels first; of pairs, where a class that is rare weighs most; and among others, for
+    what only more than two samples show (the hardest of a batch).
+
+    Args:
+        other: a row unlike the first, or -1 for a changed one.
+        singles: places of single numbers -> whether that is all the same, or each sample's own.
+
+    Raises:
+        BatchLayoutError: naming the number.
+    """
+    rows = _rows(trial) if other > 0 else [0, -1]
+    quadruples: list[tuple[int, int, int, int, tuple[int, ...]]] = [(0, row, 0, row, ()) for row in rows[1:]]
+    if other > 0:
+        quadruples += [(a, c, b, d, _beside(trial.batch, (a, b, c, d))) for a, c, b, d in _different(rows, trial.batch)]
+    for a, c, b, d, beside in quadruples:
+        try:
+            found = [held_by(trial.run([p, q, *beside], exact=True)) for p in (a, c) for q in (b, d)]
+            if len(beside) + 2 == trial.batch + 1:  # as many as the samples and the added: does a list follow?
+                found.append(held_by(trial.run([0, 0, 0], exact=True)))
+        except FAILURES:  # a model that cannot run on so many is not asked
+            continue
+        for place, own in singles.items():
+            values = [run[place] for run in found if place in run]
+            if len(values) == len(found):
+                _require_total(place, values[:4])
+            elif not own:  # else in a list of one for each sample
+                raise mixing(place, torch.Size())
+
+
+def _rows(trial: Trial) -> list[int]:
+    """The first row, one of each label, rows unlike the first in one input or another, and some from in between."""
+    batch = trial.batch
+    labels: list[int] = []
+    unlike: list[int] = []
+    for tensor in trial.of_samples():
+        if tensor.dim() == 1 and not tensor.is_floating_point() and not tensor.is_complex():
+            values, counts = tensor.unique(return_counts=True)
+            rare = values[counts.argsort()][:_ROWS]
+            labels += [int((tensor == value).int().argmax()) for value in rare]
+        else:
+            apart = (tensor != tensor[:1]).reshape(batch, -1).sum(1)
+            unlike.append(int(apart.argmax()))
+    between = [1, batch // 3, batch // 2, 2 * batch // 3, batch - 1]
+    return list(dict.fromkeys([0, *labels[: _ROWS // 2], *unlike, *between, *labels]))[:_ROWS]
+
+
+def _different(rows: list[int], batch: int) -> Iterator[tuple[int, int, int, int]]:
+    """Some quadruples of different rows."""
+    known = list(dict.fromkeys([*rows, *range(batch)]))[:8]
+    for places in ((0, 1, 2, 3), (0, 2, 4, 5), (0, 3, 6, 7)):
+        if len(known) > max(places):
+            a, c, b, d = (known[place] for place in places)
+            yield a, c, b, d
+
+
+def _beside(batch: int, chosen: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(row for row in range(batch) if row not in chosen)[:_BESIDE]
+
+
+def _require_total(place: Place, values: list[Tensor]) -> None:
+    losses = torch.stack([numbers(value).double() for value in values])
+    if not bool(losses[1:3].isfinite().all()):
+        return
+    # Also where a sample has no loss of its own (no token that counts), but has one beside another.
+    if not bool(((losses[0] + losses[3] - losses[1] - losses[2]).abs() <= room(values[0]) * losses.abs().amax()).all()):
+        raise BatchLayoutError(
+            f"the number {called(place)} that the model returns is not a mean or sum over samples: what one sample "
+            "adds depends on the others (a mean over tokens that are not padding, class weights, in-batch negatives, "
+            "the hardest of a batch). Clipping cannot bound a sample's influence on such a loss: take the loss of each "
+            "sample, then their mean. Of a metric: compute it outside the model"
+        )
