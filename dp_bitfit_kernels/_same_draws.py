@@ -60,12 +60,12 @@ class SameDraws(TorchDispatchMode):
 
     def _by_value(self, overload: str, given: dict[str, Any]) -> Tensor:
         """Normals and Bernoulli draws whose parameters are tensors: the same standard draws for all."""
-        governing = next(given[own] for own in _BY_VALUE[overload] if isinstance(given[own], Tensor))
+        governing = next(given[own] for own in _BY_VALUE[overload] if isinstance(given.get(own), Tensor))
         self._draws += 1
         torch.manual_seed(self._draws)
         last = governing.shape[-1:] if governing.dim() > 1 else (1,) * governing.dim()
         if overload.startswith("normal"):
-            mean, std = given["mean"], given["std"]
+            mean, std = given["mean"], given.get("std", 1.0)
             made: Tensor = mean + std * torch.randn(last, dtype=governing.dtype, device=governing.device)
             return made
         target: Tensor = given["self"]

@@ -184,7 +184,7 @@ class Session:
         if torch.compiler.is_compiling():  # nothing can be asked while the model is traced: the step asks it
             self.proofs.traced = (args, kwargs)
             return
-        batch = self.ledger.batch
+        batch, sizes = self.ledger.batch, layout.leading_sizes(args, kwargs)
         if batch is None:
             batch = layout.batch_of(args, kwargs)
             self._open_without_ticket(batch)
@@ -197,10 +197,10 @@ class Session:
                     "count twice; call optimizer.step() first, use the private loader, or `with engine.batch(B):` if "
                     f"the rows are the same samples; {_EVALUATION}"
                 )
-        elif batch not in layout.leading_sizes(args, kwargs):
+        elif batch not in sizes:
             raise BatchLayoutError(
                 f"no input of the model has the batch of the private loader ({batch} samples) as its leading dimension "
-                f"(found {sorted(layout.leading_sizes(args, kwargs))}); {_EVALUATION}"
+                f"(found {sorted(sizes)}); {_EVALUATION}"
             )
         self._forwards += 1
         self.ledger.shapes = [tensor.shape for tensor in tensors_in((args, kwargs))]

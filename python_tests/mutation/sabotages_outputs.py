@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sabotage import ENGINE, Sabotage
 
-OUTPUTS_, WEIGHTS = "test_outputs.py", "test_weight_attacks.py"
+OUTPUTS_, ATTACKS, WEIGHTS = "test_outputs.py", "test_outputs_attacks.py", "test_weight_attacks.py"
 MIXING = f"{OUTPUTS_}::test_mixing_shows_in_every_layout_of_the_outputs"
 # One sample more, or fewer, shows much of what another sample shows: left out where the latter is sabotaged.
 FEWER = ("outputs.py", "    if not right:\n", "    if False:\n")
@@ -29,8 +29,8 @@ OUTPUTS = (
     Sabotage(
         "what an object holds is not asked",
         "_nested.py",
-        "        known.add(id(value))\n",
-        "        return\n",
+        "    items = list(_items(value))\n",
+        "    items = list(_items(value)) if isinstance(value, Mapping | Collection) else []\n",
         (MIXING,),
     ),
     Sabotage(
@@ -43,7 +43,7 @@ OUTPUTS = (
     ),
     Sabotage(
         "a single number is a total",
-        "outputs.py",
+        "totals.py",
         "    if not bool(losses[1:3].isfinite().all()):\n",
         "    if True:\n",
         (f"{OUTPUTS_}::test_a_loss_is_a_mean_over_samples_wherever_it_is",),
@@ -51,23 +51,23 @@ OUTPUTS = (
     ),
     Sabotage(
         "a loss is not asked where all samples are alike",
-        "outputs.py",
-        "if other > 0 else [-1]",
-        "if other > 0 else []",
+        "totals.py",
+        "if other > 0 else [0, -1]",
+        "if other > 0 else [0]",
         (f"{OUTPUTS_}::test_a_loss_that_is_no_mean_is_seen_where_all_samples_are_alike",),
     ),
     Sabotage(
         "a total may go with any power of the number of samples",
         "outputs.py",
-        "two is None or four is None or _totals_agree(two, four)",
+        "any(found is None for found in repeats) or _totals_agree(*repeats)",
         "True",
         (f"{OUTPUTS_}::test_a_total_goes_with_the_samples_or_not_at_all",),
     ),
     Sabotage(
         "a head that starts at zero hides what mixes before it",
         "evidence.py",
-        "if x.is_floating_point()] if asked else []",
-        "if x.is_floating_point()] if False else []",
+        "x.is_floating_point()] if asked else []",
+        "x.is_floating_point()] if False else []",
         (f"{OUTPUTS_}::test_a_head_that_starts_at_zero_hides_nothing",),
     ),
     Sabotage(
@@ -97,5 +97,63 @@ OUTPUTS = (
         "    if right and any(module.training for module in trial.model.modules()):\n",
         "    if False:\n",
         (f"{WEIGHTS}::test_a_model_that_divides_by_the_batch",),
+    ),
+    Sabotage(
+        "a loss is asked of two samples alone",
+        "totals.py",
+        "    if other > 0:\n",
+        "    if False:\n",
+        (f"{ATTACKS}::test_losses_that_more_than_two_samples_show",),
+        also=(FEWER,),
+    ),
+    Sabotage(
+        "a rare class is not asked for its weight",
+        "totals.py",
+        "            labels += [",
+        "            [",
+        (f"{ATTACKS}::test_a_class_that_is_rare_shows_its_weight",),
+        also=(FEWER,),
+    ),
+    Sabotage(
+        "half precision hides what a loss mixes",
+        "_trial.py",
+        "        wide = exact and self.half",
+        "        wide = False",
+        (f"{ATTACKS}::test_half_precision_hides_no_mixing_and_no_mean_is_taken_for_it",),
+    ),
+    Sabotage(
+        "of collections, lists alone are looked into",
+        "_nested.py",
+        "    elif isinstance(value, Collection) and not",
+        "    elif isinstance(value, list | tuple) and not",
+        (f"{ATTACKS}::test_tensors_are_found_wherever_they_are",),
+    ),
+    Sabotage(
+        "what a tensor is governed by ends the question in training",
+        "_same_draws.py",
+        "in _BY_VALUE:\n            return",
+        "in ():\n            return",
+        (f"{ATTACKS}::test_draws_by_values_hide_no_other_samples_in_training",),
+    ),
+    Sabotage(
+        "zeros hide signs and order",
+        "evidence.py",
+        "        return torch.stack([_digest(parts), weighted], 1)\n",
+        "        return _digest(parts)\n",
+        (f"{ATTACKS}::test_zeros_hide_neither_signs_nor_order_nor_ids",),
+    ),
+    Sabotage(
+        "what modules keep from the batch is not told",
+        "layout.py",
+        "    if kept_aside:\n",
+        "    if False:\n",
+        (f"{ATTACKS}::test_tensors_that_modules_keep_from_the_batch_are_named_and_put_back",),
+    ),
+    Sabotage(
+        "the proof's runs count as steps",
+        "_trial.py",
+        "            if module.__dict__.get(key) is not number:\n",
+        "            if False:\n",
+        (f"{ATTACKS}::test_a_counter_of_steps_is_no_mixing_and_stays_what_it_was",),
     ),
 )

@@ -17,7 +17,7 @@ SELECTION = (
     Sabotage(
         "a module trained whole loses its integer weights without a word",
         "_foreign.py",
-        "        if not (own.is_floating_point() or own.is_complex() or own.dtype == torch.bool):\n",
+        "        if not numbers or (own.is_floating_point() and own.dtype.itemsize == 1):  # float8\n",
         "        if False:\n",
         (f"{INTEGERS}::test_they_are_refused_by_name",),
     ),
