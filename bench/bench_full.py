@@ -43,7 +43,7 @@ SETTLED = 4  # steps before the first that is timed
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 SIDES = (32, 64, 128, 224, 384, 512)
-WIDTHS = (128, 256, 512, 768)
+WIDTHS = (128, 256, 512)
 BATCHES = (8, 16, 32, 64, 128)
 TIMED = 16  # samples of the steps whose records a second are asked for
 STEADY = 0.05  # by how much what a sample adds may differ from what it added between smaller batches

@@ -372,8 +372,9 @@ def _axis(layer: OneByOneLayer, cuts: Sequence[_Cut], slices: list[slice], batch
 
 
 def _not_held(layer: OneByOneLayer, shape: tuple[int, ...], batch: int) -> BatchLayoutError:
+    loss = "" if shape else " A loss? Call the model without labels, use_cache=False, and take the loss outside."
     return BatchLayoutError(
         f"layer {layer.layer_name!r} is run one sample at a time, but a tensor of shape {shape} that it takes or gives "
-        f"(for {batch} samples) holds them in no way that is known, or mixes them. {INSTEAD}",
+        f"(for {batch} samples) holds them in no way that is known, or mixes them.{loss} {INSTEAD}",
         [layer],
     )

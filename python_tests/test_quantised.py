@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,7 +12,7 @@ import pytest
 import torch
 from attach import attach
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 import dp_bitfit_kernels as dpk
@@ -120,3 +121,26 @@ def test_what_lies_over_them_is_trained(way: str, make: Callable[[], nn.Module],
 def test_they_are_refused_by_name(way: str) -> None:
     with pytest.raises(dpk.UnsupportedModuleError, match=r"attention\.self\.query\.weight: .*torch\.u?int8"):
         dpk.convert_model(WAYS[way](bert()), **dpk.presets.full())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_was_trained_over_them_is_saved_and_loaded(way: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = dpk.convert_model(WAYS[way](bert()))
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    dpk.save_biases(model, tmp_path / "task.safetensors")
+    dpk.load_biases(fresh, tmp_path / "task.safetensors")
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(fresh.get_parameter(name), p)
+
+
+def test_float8_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    quantize_(model[0], Float8WeightOnlyConfig())
+    with pytest.raises(dpk.UnsupportedModuleError, match=r"0\.weight: .*float8"):
+        dpk.convert_model(model, **dpk.presets.full())
