@@ -145,20 +145,22 @@ def grow(
 def largest(width: int, names: Iterable[str], threads: int) -> dict[str, Any]:
     """{contender: largest batch in MEMORY bytes, records a second at TIMED}, of a text model of this width."""
     torch.set_num_threads(threads)
-    found = {}
+    found: dict[str, Any] = {}
     for name in names:
         peaks, each = _slope(name, width)
         most = max(peaks)
-        case = texts(128, width, TIMED, 4)
-        taken = interleave({name: _built(name, case, SETTLED)}, rounds=5, budget_s=20.0, warm_up=0)
         found[name] = {
             "peak_bytes": {str(size): peak for size, peak in peaks.items()},
             "bytes_a_sample": each,
             "largest_batch": int(most + (MEMORY - peaks[most]) // each),
-            "records_per_second": TIMED / taken.median(name),
         }
-        print(width, name, found[name]["largest_batch"], f"{found[name]['records_per_second']:.1f}/s", flush=True)
-        gc.collect()
+        print(width, name, found[name]["largest_batch"], flush=True)
+    steps = {name: _built(name, texts(128, width, TIMED, 4), SETTLED) for name in names}
+    taken = interleave(steps, rounds=5, budget_s=90.0, warm_up=0)
+    for name in names:
+        found[name]["records_per_second"] = TIMED / taken.median(name)
+        print(width, name, f"{found[name]['records_per_second']:.1f}/s", flush=True)
+    gc.collect()
     return found
 
 
