@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _FREE_OVERLOADS = ("normal.float_float", "bernoulli.p")
 
 
 class SameDraws(TorchDispatchMode):
-    """Draws along the last of two or more dimensions only, the same for all places of the others, whatever the sizes.
+    """Draws that are the same along the leading dimension, whatever its size; ``last_only``: along all but the last.
 
     Kernels with a dropout built in run without it. What else a tensor's values govern (a multinomial) and permutations
     are left as they are.
@@ -30,9 +31,17 @@ class SameDraws(TorchDispatchMode):
     Reseeds torch's generators: within ``torch.random.fork_rng``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_only: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._draws = 0
+        self._last_only, self._draws = last_only, 0
+
+    def _drawn(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The shape of what is drawn, to be expanded to ``size``."""
+        self._draws += 1
+        torch.manual_seed(self._draws)
+        if len(size) < 2:
+            return (1,) * len(size)
+        return tuple(size[-1:] if self._last_only else size[1:])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -50,24 +59,20 @@ class SameDraws(TorchDispatchMode):
         free = name in _FREE or f"{name}.{schema.overload_name}" in _FREE_OVERLOADS
         if not free or len(tensors) > 1:
             return func(*args, **kwargs)
-        self._draws += 1
-        torch.manual_seed(self._draws)
         size = tuple(tensors[0].shape) if tensors else tuple(given["size"])
-        last = size[-1:] if len(size) > 1 else (1,) * len(size)
-        own = {"self": tensors[0].new_empty(last)} if tensors else {"size": last}
+        drawn = self._drawn(size)
+        own = {"self": tensors[0].new_empty(drawn)} if tensors else {"size": drawn}
         few = func(**{**given, **own, **({"generator": None} if "generator" in given else {})})
         return tensors[0].copy_(few) if name.endswith("_") else few.expand(size).clone()
 
     def _by_value(self, overload: str, given: dict[str, Any]) -> Tensor:
         """Normals and Bernoulli draws whose parameters are tensors: the same standard draws for all."""
         governing = next(given[own] for own in _BY_VALUE[overload] if isinstance(given.get(own), Tensor))
-        self._draws += 1
-        torch.manual_seed(self._draws)
-        last = governing.shape[-1:] if governing.dim() > 1 else (1,) * governing.dim()
+        size = self._drawn(governing.shape)
         if overload.startswith("normal"):
             mean, std = given["mean"], given.get("std", 1.0)
-            made: Tensor = mean + std * torch.randn(last, dtype=governing.dtype, device=governing.device)
+            made: Tensor = mean + std * torch.randn(size, dtype=governing.dtype, device=governing.device)
             return made
         target: Tensor = given["self"]
-        drawn = (torch.rand(last, device=governing.device) < governing).to(target.dtype)
+        drawn = (torch.rand(size, device=governing.device) < governing).to(target.dtype)
         return target.copy_(drawn) if overload.startswith("bernoulli_") else drawn

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -73,12 +73,13 @@ class Trial:
         instead: Calls | None = None,
         changed: tuple[bool, ...] = (),
         exact: bool = False,
-        same_draws: bool = False,
+        same_draws: Callable[[], SameDraws] | None = None,
     ) -> Run:
         """One run on these rows of the inputs.
 
         changed: of which samples the copies are other than what they are copies of. exact: a model of half
-        precision runs in float32, where it can. same_draws: random numbers do not tell samples apart.
+        precision runs in float32, where it can. same_draws: makes what random numbers
+        come from.
 
         first: layers with a forward of their own are tried in it. calls: layers run one sample at a time are compared
         with themselves. instead: these are run so, and the model goes on with that.
@@ -149,7 +150,7 @@ class Trial:
                 torch.random.fork_rng(devices=devices),
                 python_generators_kept(),
                 InFloat32() if wide else nullcontext(),
-                SameDraws() if same_draws else nullcontext(),
+                nullcontext() if same_draws is None else same_draws(),
             ):
                 chosen = self.chosen(rows)
                 run.output = self.model(*chosen[0], **chosen[1])

@@ -8,7 +8,8 @@ samples are refused: who takes a loss of them may do so in a way that is no sum.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from . import _slices, evidence
 from ._in_float32 import HALF
 from ._nested import Place, held_in
+from ._same_draws import SameDraws
 from ._survey import evaluating
 from ._trial import FAILURES, Run, Trial
 from ._validate import BatchLayoutError
@@ -156,10 +158,11 @@ def require_same_for_more(trial: Trial) -> None:
         BatchLayoutError: it does: one sample more would change the gradients of all others.
     """
     with evaluating(trial.model):
-        right = _same_for_more(trial)
+        right = _same_for_more(trial, _draws(trial) or SameDraws)
     if right and any(module.training for module in trial.model.modules()):
         with _slices.without_dropout(trial.model):
-            right = not _same_for_repeats(trial) or _same_for_more(trial)
+            draws = _draws(trial)
+            right = draws is None or _same_for_more(trial, draws)
     if not right:
         raise BatchLayoutError(
             "what the model gives for a sample changes with the number of samples in the batch, or with the others "
@@ -168,37 +171,42 @@ def require_same_for_more(trial: Trial) -> None:
         )
 
 
-def _same_for_repeats(trial: Trial) -> bool:
-    """Whether the model gives one sample's repeats the same: else random numbers still tell them apart."""
+_Draws = Callable[[], SameDraws]
+
+
+def _draws(trial: Trial) -> _Draws | None:
+    """Random numbers by which the model gives one sample's repeats the same; None: they tell them apart."""
     count = min(max(trial.batch, 4), 8)
-    found = _output_of(trial, [0] * count)
-    if found is None:
-        return False
-    return all(_slices.alike(t, t[:1].expand_as(t)) for t in found.values() if t.dim() > 0 and len(t) == count)
+    for draws in (SameDraws, partial(SameDraws, last_only=True)):
+        found = _output_of(trial, [0] * count, draws)
+        repeats = [] if found is None else [t for t in found.values() if t.dim() > 0 and len(t) == count]
+        if found is not None and all(_slices.alike(t, t[:1].expand_as(t)) for t in repeats):
+            return draws
+    return None
 
 
-def _same_for_more(trial: Trial) -> bool:
+def _same_for_more(trial: Trial, draws: _Draws) -> bool:
     """One sample more, and each half of the samples alone: what depends on the largest or the least of a batch does not
     notice another copy of one. Of repeats of one sample a mean is the same however many, and a sum grows evenly.
     """
     samples, half = [*range(trial.batch)], trial.batch // 2
-    whole = _output_of(trial, samples)
+    whole = _output_of(trial, samples, draws)
     if whole is None:  # its evaluation is another thing (decoding)
         return True
-    more = _output_of(trial, [*samples, 0])
+    more = _output_of(trial, [*samples, 0], draws)
     right = more is None or _agree(whole, trial.batch, more, trial.batch + 1, 0)
     for rows in (samples[:half], samples[half:]) if half else ():
-        part = _output_of(trial, rows)
+        part = _output_of(trial, rows, draws)
         right = right and (part is None or _agree(part, len(rows), whole, trial.batch, rows[0]))
     if right and any(tensor.numel() == 1 for tensor in whole.values()):
-        repeats = [_output_of(trial, [0] * count) for count in (2, 4, 6)]
+        repeats = [_output_of(trial, [0] * count, draws) for count in (2, 4, 6)]
         right = any(found is None for found in repeats) or _totals_agree(*repeats)  # type: ignore[arg-type]
     return right
 
 
-def _output_of(trial: Trial, rows: list[int]) -> _Held | None:
+def _output_of(trial: Trial, rows: list[int], draws: _Draws) -> _Held | None:
     try:
-        return held_by(trial.run(rows, exact=True, same_draws=True))
+        return held_by(trial.run(rows, exact=True, same_draws=draws))
     except FAILURES:
         return None
 

@@ -264,10 +264,11 @@ DRAWS: dict[str, Callable[[int], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("name", DRAWS)
-def test_the_same_draws(name: str) -> None:
+def test_the_same_draws(name: str, last_only: bool) -> None:
     def drawn(n: int) -> Tensor:
-        with SameDraws():
+        with SameDraws(last_only):
             torch.rand(n)  # another before it
             return DRAWS[name](n)
 
@@ -275,5 +276,7 @@ def test_the_same_draws(name: str) -> None:
     assert torch.equal(few[:1].expand_as(few), few)
     assert torch.equal(many[:2], few)
     assert few[0].numel() == 1 or len(few[0].unique()) > 1
+    if few.dim() == 3:
+        assert torch.equal(few[:, :1].expand_as(few), few) == last_only
     few[0] = 0  # memory of its own
     assert bool(few[1].any()) and few.dtype == DRAWS[name](2).dtype
