@@ -35,10 +35,14 @@ class SameDraws(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._last_only, self._draws = last_only, 0
 
-    def _drawn(self, size: Sequence[int]) -> tuple[int, ...]:
-        """The shape of what is drawn, to be expanded to ``size``."""
+    def _drawn(self, size: Sequence[int], device: torch.device) -> tuple[int, ...]:
+        """The shape of what is drawn, to be expanded to ``size``; the generator of the device is seeded anew."""
         self._draws += 1
-        torch.manual_seed(self._draws)
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(self._draws)
+        else:
+            torch.default_generator.manual_seed(self._draws)
         if len(size) < 2:
             return (1,) * len(size)
         return tuple(size[-1:] if self._last_only else size[1:])
@@ -60,7 +64,8 @@ class SameDraws(TorchDispatchMode):
         if not free or len(tensors) > 1:
             return func(*args, **kwargs)
         size = tuple(tensors[0].shape) if tensors else tuple(given["size"])
-        drawn = self._drawn(size)
+        device = tensors[0].device if tensors else torch.device(given.get("device") or "cpu")
+        drawn = self._drawn(size, device)
         own = {"self": tensors[0].new_empty(drawn)} if tensors else {"size": drawn}
         few = func(**{**given, **own, **({"generator": None} if "generator" in given else {})})
         return tensors[0].copy_(few) if name.endswith("_") else few.expand(size).clone()
@@ -68,7 +73,7 @@ class SameDraws(TorchDispatchMode):
     def _by_value(self, overload: str, given: dict[str, Any]) -> Tensor:
         """Normals and Bernoulli draws whose parameters are tensors: the same standard draws for all."""
         governing = next(given[own] for own in _BY_VALUE[overload] if isinstance(given.get(own), Tensor))
-        size = self._drawn(governing.shape)
+        size = self._drawn(governing.shape, governing.device)
         if overload.startswith("normal"):
             mean, std = given["mean"], given.get("std", 1.0)
             made: Tensor = mean + std * torch.randn(size, dtype=governing.dtype, device=governing.device)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _slices, evidence
-from ._in_float32 import HALF, InFloat32
+from ._attributes import Attributes
 from ._nested import form, map_tensors, tensors_in
 from ._same_draws import SameDraws
 from ._validate import BatchLayoutError
+from ._widened import HALF, Widened
 from .layers import BiasLayer
-from .layers.base import STATE
 from .layers.one_by_one import Call, OneByOneLayer
 from .layers.own_forward import OwnForwardLayer
 from .layers.spread import Copies
@@ -38,7 +38,7 @@ class Run:
     seen: list[evidence.Seen]  # one for each call of a converted layer
     called: list[evidence.Called]  # one for each call of a layer that is run one sample at a time
     buffers: dict[str, Tensor]  # after the run
-    attributes: dict[str, Tensor]  # tensors that modules hold besides, after the run
+    attributes: dict[str, Any]  # numbers and tensors that modules hold besides and that it wrote
     at_once: set[tuple[OneByOneLayer, tuple[Any, ...]]]  # forms of calls that vmap runs, of those that were tried
 
 
@@ -55,7 +55,7 @@ def python_generators_kept() -> Iterator[None]:
 
 @dataclasses.dataclass
 class Trial:
-    """Runs the model on rows of its inputs; generators and buffers are as before afterwards."""
+    """Runs the model on rows of its inputs; generators, buffers and attributes are as before afterwards."""
 
     model: nn.Module
     args: Any
@@ -64,6 +64,8 @@ class Trial:
     layers: list[BiasLayer]
     spread: set[BiasLayer] = dataclasses.field(default_factory=set)  # what they share is copied for each sample
     shared: frozenset[int] = frozenset()  # places of inputs that are the same for all samples, of whatever size
+    _copies: dict[int, Any] = dataclasses.field(default_factory=dict)  # of tensors among the attributes
+    _sizes: set[int] = dataclasses.field(default_factory=set)  # numbers of rows that were run as they are
 
     def run(
         self,
@@ -72,19 +74,22 @@ class Trial:
         calls: Calls | None = None,
         instead: Calls | None = None,
         changed: tuple[bool, ...] = (),
-        exact: bool = False,
+        exact: torch.dtype | None = None,
+        hold: bool = False,
         same_draws: Callable[[], SameDraws] | None = None,
     ) -> Run:
         """One run on these rows of the inputs.
 
-        changed: of which samples the copies are other than what they are copies of. exact: a model of half
-        precision runs in float32, where it can. same_draws: makes what random numbers
-        come from.
+        changed: of which samples the copies are other than what they are copies of. exact: asked for its
+        outputs alone, in this dtype, where it is wider and the model can. same_draws: makes what random numbers come
+        from. hold: attributes stay as the run left them.
 
         first: layers with a forward of their own are tried in it. calls: layers run one sample at a time are compared
         with themselves. instead: these are run so, and the model goes on with that.
         """
-        wide = exact and self.half  # which may run the model itself
+        wide = exact is not None and (exact == torch.float64 or self.half)  # which may run the model itself
+        if wide and len(rows) not in self._sizes:  # what it keeps for each size is made in its own dtype
+            self.run(rows)
         run = Run(None, [], [], {}, {}, set())
         at_once: dict[tuple[OneByOneLayer, tuple[Any, ...]], bool] = {}
         watches: dict[OneByOneLayer, tuple[evidence.Watch, Any]] = {}
@@ -127,21 +132,21 @@ class Trial:
             if isinstance(layer, OneByOneLayer)
             else layer.register_forward_hook(look, with_kwargs=True)
             for layer in self.layers
-            if layer.trained and layer.holds_samples
+            if layer.trained and layer.holds_samples and exact is None
         ]
         handles += [
             layer.register_forward_pre_hook(look_before, with_kwargs=True)
             for layer in self.layers
-            if layer.trained and isinstance(layer, OneByOneLayer)
+            if layer.trained and isinstance(layer, OneByOneLayer) and exact is None
         ]
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         owned = [
-            (module, name, own, buffer, buffer.clone())
+            (module, name, own, buffer, buffer._version, buffer.clone())
             for name, module in self.model.named_modules()
             for own, buffer in module._buffers.items()
             if buffer is not None
         ]
-        attributes = Attributes(self.model)
+        attributes = Attributes(self.model, self._copies)
         for layer in self.spread:
             layer.__dict__["trial_copies"] = Copies(len(rows), changed or (False,) * len(rows))
         try:
@@ -149,13 +154,13 @@ class Trial:
                 torch.no_grad(),
                 torch.random.fork_rng(devices=devices),
                 python_generators_kept(),
-                InFloat32() if wide else nullcontext(),
+                Widened(exact) if wide and exact is not None else nullcontext(),
                 nullcontext() if same_draws is None else same_draws(),
             ):
                 chosen = self.chosen(rows)
                 run.output = self.model(*chosen[0], **chosen[1])
             run.attributes = attributes.written()
-            for module, name, own, _, _ in owned:
+            for module, name, own, *_ in owned:
                 value = module._buffers[own]
                 if value is not None:
                     run.buffers[f"{name}.{own}" if name else own] = value.clone()
@@ -166,17 +171,42 @@ class Trial:
             for handle in handles:
                 handle.remove()
             with torch.no_grad():
-                for module, _, own, buffer, before in owned:
-                    module._buffers[own] = buffer.copy_(before)  # also where the model put another tensor there
-                attributes.put_back()
+                for module, _, own, buffer, version, before in owned:
+                    module._buffers[own] = buffer  # also where the model put another tensor there
+                    if buffer._version != version or not torch.equal(buffer, before):
+                        buffer.copy_(before)
+                if not hold:
+                    attributes.put_back()
+        if not wide:
+            self._sizes.add(len(rows))
         return run
+
+    def after(self, others: list[int], rows: list[int]) -> Run:
+        """A run on ``rows`` that finds what one on ``others`` left in attributes."""
+        kept = dict(self._copies)
+        before = Attributes(self.model, kept)
+        try:
+            self.run(others, hold=True)
+            return self.run(rows, hold=True)
+        finally:
+            with torch.no_grad():
+                before.put_back()
+            self._copies = kept
+
+    def sums(self) -> dict[str, Tensor]:
+        """Of the parameters, to see whether a forward writes them."""
+        return {
+            name: p.detach().sum(dtype=torch.complex128 if p.is_complex() else torch.float64)
+            for name, p in self.model.named_parameters()
+            if p.dtype.itemsize > 1 and not p.is_meta and type(p).__torch_dispatch__ is Tensor.__torch_dispatch__
+        }
 
     def chosen(self, rows: list[int]) -> Any:
         """(args, kwargs) of these rows."""
         places = itertools.count()
         return map_tensors(
             (self.args, self.kwargs),
-            lambda tensor: tensor if next(places) in self.shared else _take(tensor, self.batch, rows),
+            lambda tensor: tensor.clone() if next(places) in self.shared else _take(tensor, self.batch, rows),
         )
 
     def of_samples(self) -> Iterator[Tensor]:
@@ -193,60 +223,15 @@ class Trial:
             return False
         self.__dict__["half"] = True
         try:
-            self.run([0], exact=True)
+            self.run([0], exact=torch.float32)
         except FAILURES:
             return False
         return True
 
 
-class Attributes:
-    """Plain numbers (a counter of steps) and tensors that modules hold beside their parameters and buffers."""
-
-    def __init__(self, model: nn.Module):
-        self._modules = list(model.named_modules())
-        self._numbers = [(m, k, v) for _, m in self._modules for k, v in vars(m).items() if type(v) in (int, float)]
-        self._tensors = {(m, k): (v, v.detach().clone()) for _, m, k, v in self._held()}
-
-    def _held(self) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-        for name, module in self._modules:
-            for key, value in vars(module).items():
-                if isinstance(value, Tensor) and value.layout == torch.strided and key not in STATE:
-                    yield name, module, key, value
-
-    def written(self) -> dict[str, Tensor]:
-        """Those that are not what they were."""
-        found = {}
-        for name, module, key, value in self._held():
-            known, before = self._tensors.get((module, key), (None, None))
-            if value is not known or before is None or not torch.equal(value, before):
-                found[f"{name}.{key}" if name else key] = value.detach().clone()
-        return found
-
-    def put_back(self) -> None:
-        for module, key, number in self._numbers:
-            if module.__dict__.get(key) is not number:
-                module.__dict__[key] = number
-        for _, module, key, _ in list(self._held()):
-            if (module, key) not in self._tensors:
-                del module.__dict__[key]
-        for (module, key), (value, before) in self._tensors.items():
-            module.__dict__[key] = value
-            if not torch.equal(value, before):
-                value.detach().copy_(before)
-
-
-def written_from_samples(first: Run, last: Run) -> list[str]:
-    """Names of tensors that modules held after two runs, and that differ by what the samples held."""
-    return [
-        name
-        for name in first.attributes.keys() & last.attributes.keys()
-        if not evidence.same(first.attributes[name].cpu(), last.attributes[name].cpu(), 0.0)
-    ]
-
-
 def _take(tensor: Tensor, batch: int, rows: list[int]) -> Tensor:
     if tensor.dim() == 0 or tensor.shape[0] != batch:
-        return tensor
+        return tensor.clone()  # which a model may change in place
     taken = tensor[torch.tensor([max(row, 0) for row in rows], device=tensor.device)]
     if -1 in rows:
         taken[torch.tensor([row == -1 for row in rows], device=tensor.device)] = _changed(tensor[0])

@@ -10,7 +10,6 @@ itself returns must be a sum or mean over samples.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from . import _slices, evidence, outputs, totals
 from ._nested import tensors_in
 from ._survey import evaluating
-from ._trial import FAILURES, MIXED, Calls, Run, Trial, another_row, written_from_samples
+from ._trial import FAILURES, MIXED, Calls, Run, Trial, another_row
 from ._validate import BatchLayoutError
 from .arrangement import PLAIN, Arrangement
 from .layers import BiasLayer
@@ -149,7 +148,7 @@ def prove(
     trial = Trial(model, args, kwargs, batch, layers, spread, shared_inputs)
     other = another_row(trial)
     added = (0,) if other is None else (0, other, MIXED) if other >= 0 else (0, other)
-    samples = range(batch)
+    samples, sums = range(batch), trial.sums()
     alone = any(isinstance(layer, OneByOneLayer) for layer in layers)
 
     def runs() -> tuple[list[Run], list[tuple[Run, Run, slice]], Run | None]:
@@ -183,12 +182,14 @@ def prove(
         at_once = trial.run([*samples], calls=calls).at_once
         calls = _with(calls, lambda alone, call: (alone, call.form) in at_once)
         calls = _require_same_around(trial, calls)
-    kept_aside = sorted({name for first, last, _ in pairs for name in written_from_samples(first, last)})
-    if kept_aside:
-        warnings.warn(
-            f"the model keeps tensors that it made from the batch as attributes ({', '.join(kept_aside[:8])}): what "
-            "reads them later, in the loss or in a later step, passes records on without clipping and noise",
-            stacklevel=2,
+    outputs.require_not_carried(trial, pairs, added)
+    changed = [
+        name for name, value in trial.sums().items() if not torch.equal(value.nan_to_num(), sums[name].nan_to_num())
+    ]
+    if changed:
+        raise BatchLayoutError(
+            f"parameter {changed[0]!r} is written by the forward itself: it would hold private data without noise, and "
+            "it was written by the runs of this proof, too"
         )
     for first, last, _ in pairs:
         for name, value in first.buffers.items():

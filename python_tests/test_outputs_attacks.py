@@ -16,8 +16,8 @@ from test_outputs import C, Gives, T, private
 from torch import Tensor, nn
 
 import dp_bitfit_kernels as dpk
-from dp_bitfit_kernels._in_float32 import InFloat32
 from dp_bitfit_kernels._same_draws import SameDraws
+from dp_bitfit_kernels._widened import Widened
 
 N = 8
 
@@ -330,12 +330,12 @@ def test_layers_dropped_by_chance_within_one_sample_at_a_time_are_refused_by_nam
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_float32(dtype: torch.dtype) -> None:
+def test_widened(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(6, 5, 3), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 3)).to(dtype)
     x = torch.randn(2, 6, 6).to(dtype)
     kept = [p.detach().clone() for p in model.parameters()]
-    with InFloat32(), torch.no_grad():
+    with Widened(), torch.no_grad():
         found = model(x)
         assert torch.zeros(2, dtype=dtype).dtype == torch.float32
         x.mul_(2.0)
@@ -344,3 +344,108 @@ def test_in_float32(dtype: torch.dtype) -> None:
     exact = model.float()(x.float() / 2)
     torch.testing.assert_close(found, exact.detach(), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(p.to(dtype), q) for p, q in zip(model.parameters(), kept, strict=True))
+
+
+class Keeps(nn.Module):
+    """Takes a mean that ``keep`` has of the batches before from the scores, and tells it of this one's."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = nn.Linear(6, C), how
+        self.mean: Any = torch.zeros(()) if how == "tensor" else [0.0] if how == "list" else 0.0
+        self.frozen = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.inner(x)
+        kept = self.frozen if self.how == "parameter" else self.mean[0] if self.how == "list" else self.mean
+        given = s if self.how in ("logged", "parameter") else s - kept
+        if self.how == "parameter":
+            self.frozen.data.mul_(0.9).add_(0.1 * s.detach().mean())
+        elif self.how == "tensor":
+            self.mean.mul_(0.9).add_(0.1 * s.detach().mean())
+        elif self.how == "list":
+            self.mean[0] = 0.9 * kept + 0.1 * s.detach().mean().item()
+        else:
+            self.mean = 0.9 * kept + 0.1 * s.detach().mean().item()
+        return given
+
+
+@pytest.mark.parametrize("how", ["number", "tensor", "list", "parameter"])
+def test_what_one_batch_held_may_not_show_in_the_next(how: str) -> None:
+    with pytest.raises(dpk.BatchLayoutError, match="written by the forward" if how == "parameter" else "for the next"):
+        asked(Keeps(how), torch.randn(N, T, 6))
+
+
+def test_a_number_that_is_only_logged_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"as attributes \(mean\)"):
+        asked(Keeps("logged"), torch.randn(N, T, 6))
+
+
+class Lazy(nn.Module):
+    """Builds its table at the first forward: an attribute that was None, or a flag and a new one, or an entry."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = nn.Linear(6, C), how
+        self.table: Any = {} if how == "entry" else None
+        self.built = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = len(x) if self.how == "entry" else C
+        made = torch.ones(size, 1, C, dtype=x.dtype) if self.how == "entry" else torch.ones(C, dtype=x.dtype)
+        if self.how == "none":
+            self.table = made if self.table is None else self.table
+            return self.inner(x) * self.table
+        if self.how == "flag":
+            if not self.built:
+                self.built, self.made = True, made
+            return self.inner(x) * self.made
+        if size not in self.table:
+            self.table[size] = made
+        return self.inner(x) * self.table[size]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["none", "flag", "entry"])
+def test_what_is_built_at_the_first_forward_is_built_and_in_its_own_dtype(how: str, dtype: torch.dtype) -> None:
+    engine, model, optimizer = private(Lazy(how).to(dtype), torch.randn(N, 1))
+    for batch in (N, 3, N):
+        with engine.batch(batch):
+            given = model(torch.randn(batch, T, 6, dtype=dtype))
+            assert given.dtype == dtype
+            given.square().mean().backward()
+            assert optimizer.step()
+    built = model.table[N] if how == "entry" else model.made if how == "flag" else model.table
+    assert built.dtype == dtype
+    model.eval()
+    assert model(torch.randn(N, T, 6, dtype=dtype)).dtype == dtype
+
+
+def test_attributes_that_cannot_be_compared_are_left_alone() -> None:
+    class Holds(Gives):
+        def __init__(self) -> None:
+            super().__init__(lambda s: s)
+            self.on_meta = torch.zeros(3, device="meta")
+            self.nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])
+            self.nans = torch.full((1,), torch.nan).expand(6)
+            self.sparse = torch.eye(3).to_sparse()
+            self.register_buffer("shared", torch.ones(1).expand(6))
+
+    asked(Holds(), torch.randn(N, T, 6))
+
+
+def test_a_difference_of_large_means_is_a_mean() -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        asked(
+            Gives(lambda s: (s.square() + 100.0).mean() - (s.square() + 100.0 + 1e-3 * s).mean()), torch.randn(N, T, 6)
+        )
+
+
+def test_draws_seed_the_generator_of_their_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seeds_all(seed: int) -> None:
+        raise AssertionError("reseeds every device")
+
+    monkeypatch.setattr(torch, "manual_seed", seeds_all)
+    with torch.random.fork_rng(devices=[]), SameDraws():
+        assert torch.equal(*torch.rand(2, 3, generator=torch.Generator()))

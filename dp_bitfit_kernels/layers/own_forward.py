@@ -150,7 +150,8 @@ def _shows(run: Callable[..., Any], bias: Tensor, dim: int, generator: torch.Gen
     if not isinstance(before, Tensor) or before.dim() < 2 or before.shape[dim] != bias.numel():
         return False
     size = float(before.abs().max()) + 1.0 if before.numel() else 1.0
-    room = size * (0.05 if bias.dtype in (torch.float16, torch.bfloat16) else 1e-4)
+    half = {bias.dtype, before.dtype} & {torch.float16, torch.bfloat16}  # the output's under autocast
+    room = size * (0.05 if half else 1e-4)
     along = [-1 if d == dim % before.dim() else 1 for d in range(before.dim())]
     for _ in range(_TRIALS):
         change = size * torch.randn(bias.shape, generator=generator).to(bias)
