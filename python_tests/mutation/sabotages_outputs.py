@@ -5,6 +5,7 @@ from __future__ import annotations
 from sabotage import ENGINE, Sabotage
 
 OUTPUTS_, ATTACKS, WEIGHTS = "test_outputs.py", "test_outputs_attacks.py", "test_weight_attacks.py"
+STATE = "test_outputs_state.py"
 MIXING = f"{OUTPUTS_}::test_mixing_shows_in_every_layout_of_the_outputs"
 # One sample more, or fewer, shows much of what another sample shows: left out where the latter is sabotaged.
 FEWER = ("outputs.py", "    if not right:\n", "    if False:\n")
@@ -147,42 +148,42 @@ OUTPUTS = (
         "outputs.py",
         "    if not written:\n",
         "    if True:\n",
-        (f"{ATTACKS}::test_tensors_that_modules_keep_from_the_batch_are_named_and_put_back",),
+        (f"{STATE}::test_tensors_that_modules_keep_from_the_batch_are_named_and_put_back",),
     ),
     Sabotage(
         "the proof's runs count as steps",
         "_trial.py",
         "                if not hold:\n",
         "                if False:\n",
-        (f"{ATTACKS}::test_a_counter_of_steps_is_no_mixing_and_stays_what_it_was",),
+        (f"{STATE}::test_a_counter_of_steps_is_no_mixing_and_stays_what_it_was",),
     ),
     Sabotage(
         "what one batch held shows in the next",
         "outputs.py",
         "    after = [held_by(trial.after([*samples, row], samples)) for row in added[:2]]\n",
         "    after = [held_by(trial.after(samples, samples)) for row in added[:2]]\n",
-        (f"{ATTACKS}::test_what_one_batch_held_may_not_show_in_the_next",),
+        (f"{STATE}::test_what_one_batch_held_may_not_show_in_the_next",),
     ),
     Sabotage(
         "the forward writes parameters",
         "layout.py",
         "    if changed:\n",
         "    if False:\n",
-        (f"{ATTACKS}::test_what_one_batch_held_may_not_show_in_the_next",),
+        (f"{STATE}::test_what_one_batch_held_may_not_show_in_the_next",),
     ),
     Sabotage(
         "half of what a forward built is taken away",
         "_attributes.py",
         "                if now.get(key, _ABSENT) is not value:\n",
         "                if False:\n",
-        (f"{ATTACKS}::test_what_is_built_at_the_first_forward_is_built_and_in_its_own_dtype",),
+        (f"{STATE}::test_what_is_built_at_the_first_forward_is_built_and_in_its_own_dtype",),
     ),
     Sabotage(
         "caches are filled in float32",
         "_trial.py",
         "        if wide and len(rows) not in self._sizes:",
         "        if False:",
-        (f"{ATTACKS}::test_what_is_built_at_the_first_forward_is_built_and_in_its_own_dtype",),
+        (f"{STATE}::test_what_is_built_at_the_first_forward_is_built_and_in_its_own_dtype",),
         also=(
             (
                 "_attributes.py",
