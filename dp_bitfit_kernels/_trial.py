@@ -8,7 +8,7 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from . import _slices, evidence
 from ._attributes import Attributes
 from ._nested import form, map_tensors, tensors_in
-from ._same_draws import SameDraws
 from ._validate import BatchLayoutError
 from ._widened import HALF, Widened
 from .layers import BiasLayer
@@ -76,7 +75,7 @@ class Trial:
         changed: tuple[bool, ...] = (),
         exact: torch.dtype | None = None,
         hold: bool = False,
-        same_draws: Callable[[], SameDraws] | None = None,
+        same_draws: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> Run:
         """One run on these rows of the inputs.
 
@@ -139,7 +138,6 @@ class Trial:
             for layer in self.layers
             if layer.trained and isinstance(layer, OneByOneLayer) and exact is None
         ]
-        devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         owned = [
             (module, name, own, buffer, buffer._version, buffer.clone())
             for name, module in self.model.named_modules()
@@ -152,7 +150,7 @@ class Trial:
         try:
             with (
                 torch.no_grad(),
-                torch.random.fork_rng(devices=devices),
+                torch.random.fork_rng(devices=self.devices),
                 python_generators_kept(),
                 Widened(exact) if wide and exact is not None else nullcontext(),
                 nullcontext() if same_draws is None else same_draws(),
@@ -180,6 +178,21 @@ class Trial:
         if not wide:
             self._sizes.add(len(rows))
         return run
+
+    @property
+    def devices(self) -> list[int]:
+        """Indices of the CUDA devices that the model is on."""
+        return sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
+
+    @contextlib.contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Seeds the generators that a run puts back."""
+        torch.default_generator.manual_seed(seed)
+        for index in self.devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        yield
 
     def after(self, others: list[int], rows: list[int]) -> Run:
         """A run on ``rows`` that finds what one on ``others`` left in attributes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -186,11 +187,10 @@ def require_same_for_more(trial: Trial) -> None:
         BatchLayoutError: it does: one sample more would change the gradients of all others.
     """
     with evaluating(trial.model):
-        right = _same_for_more(trial, _draws(trial) or SameDraws)
+        right = _same_for_more(trial)
     if right and any(module.training for module in trial.model.modules()):
         with _slices.without_dropout(trial.model):
-            draws = _draws(trial)
-            right = draws is None or _same_for_more(trial, draws)
+            right = _same_for_more(trial)
     if not right:
         raise BatchLayoutError(
             "what the model gives for a sample changes with the number of samples in the batch, or with the others "
@@ -199,27 +199,42 @@ def require_same_for_more(trial: Trial) -> None:
         )
 
 
-_Draws = Callable[[], SameDraws]
+_Draws = Callable[[], AbstractContextManager[Any]]
 
 
 def _draws(trial: Trial) -> _Draws | None:
-    """Random numbers by which the model gives one sample's repeats the same; None: they tell them apart."""
-    count = min(max(trial.batch, 4), 8)
+    """Random numbers that do not tell one sample's repeats apart; None: there are none, with a warning, or the model
+    cannot be run on repeats. Of one that tells them apart without any, by their places, all are asked."""
+    repeats = [0] * min(max(trial.batch, 4), 8)
     for draws in (SameDraws, partial(SameDraws, last_only=True)):
-        found = _output_of(trial, [0] * count, draws)
-        repeats = [] if found is None else [t for t in found.values() if t.dim() > 0 and len(t) == count]
-        if found is not None and all(_slices.alike(t, t[:1].expand_as(t)) for t in repeats):
+        found = _output_of(trial, repeats, draws)
+        if found is None:
+            return None
+        each = [t for t in found.values() if t.dim() > 0 and len(t) == len(repeats)]
+        if all(_slices.alike(t, t[:1].expand_as(t)) for t in each):
             return draws
+    first, last = (_output_of(trial, repeats, partial(trial.seeded, seed)) for seed in (1, 2))
+    if (
+        first is None
+        or last is None
+        or all(_slices.alike(first[place], last[place]) for place in first.keys() & last.keys())
+    ):
+        return SameDraws
+    warnings.warn(
+        "whether what the model gives for a sample depends on the number of samples could not be asked: random numbers "
+        "that differ from sample to sample (of NumPy, or sampled from scores) would hide it",
+        stacklevel=2,
+    )
     return None
 
 
-def _same_for_more(trial: Trial, draws: _Draws) -> bool:
+def _same_for_more(trial: Trial) -> bool:
     """One sample more, and each half of the samples alone: what depends on the largest or the least of a batch does not
     notice another copy of one. Of repeats of one sample a mean is the same however many, and a sum grows evenly.
     """
-    samples, half = [*range(trial.batch)], trial.batch // 2
-    whole = _output_of(trial, samples, draws)
-    if whole is None:  # its evaluation is another thing (decoding)
+    samples, half, draws = [*range(trial.batch)], trial.batch // 2, _draws(trial)
+    whole = None if draws is None else _output_of(trial, samples, draws)
+    if draws is None or whole is None:  # its evaluation is another thing (decoding)
         return True
     more = _output_of(trial, [*samples, 0], draws)
     right = more is None or _agree(whole, trial.batch, more, trial.batch + 1, 0)

@@ -322,3 +322,17 @@ def test_draws_seed_the_generator_of_their_device_alone(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "manual_seed", seeds_all)
     with torch.random.fork_rng(devices=[]), SameDraws():
         assert torch.equal(*torch.rand(2, 3, generator=torch.Generator()))
+
+
+def test_what_random_numbers_hide_is_told() -> None:
+    def noise(s: Tensor) -> Tensor:
+        return s + torch.multinomial(s.softmax(2).flatten(0, 1), 1).view(*s.shape[:2], 1)
+
+    with pytest.warns(UserWarning, match="could not be asked"):
+        asked(Gives(noise).train(), torch.randn(N, T, 6))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_tells_samples_by_their_place_is_refused(training: bool) -> None:
+    with pytest.raises(dpk.BatchLayoutError, match="number of samples"):
+        asked(Gives(lambda s: s + torch.arange(len(s)).view(-1, 1, 1)).train(training), torch.randn(N, T, 6))
