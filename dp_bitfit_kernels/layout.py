@@ -199,7 +199,7 @@ def prove(
                     "model from writing it (eval() of its module does so in most)"
                 )
     singles = outputs.require_own(trial, pairs)
-    if singles and other is not None:
+    if singles.own and other is not None:
         totals.require_totals(trial, other, singles)
     outputs.require_same_for_more(trial)
     if trial.spread:

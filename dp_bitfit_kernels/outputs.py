@@ -41,14 +41,26 @@ def loss_in(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.dim() == 0 and output.is_floating_point() else None
 
 
-def require_own(trial: Trial, pairs: Sequence[tuple[Run, Run, slice]]) -> dict[Place, bool]:
+@dataclasses.dataclass
+class Singles:
+    """The single numbers that a model returns.
+
+    own: place -> whether it is all the same, or each sample's own.
+    losses: those that are called so, or come first, or alone; the others are metrics, as it seems.
+    """
+
+    own: dict[Place, bool]
+    losses: set[Place]
+
+
+def require_own(trial: Trial, pairs: Sequence[tuple[Run, Run, slice]]) -> Singles:
     """Every output is each sample's own, or a single number.
 
     Args:
         pairs: runs on B + 1 rows that differ in the added one, and the rows of the samples.
 
     Returns:
-        places of single numbers -> whether that is all the same, or each sample's own.
+        single numbers.
 
     Raises:
         BatchLayoutError: saying which output is neither.
@@ -69,7 +81,10 @@ def require_own(trial: Trial, pairs: Sequence[tuple[Run, Run, slice]]) -> dict[P
             singles[place] = own
         elif not own:
             raise mixing(place, shape)
-    return singles
+    named_so = {place for place in singles if any("loss" in str(key).lower() for key, _ in place)}
+    alone = not named_so and len(singles) == len(places)
+    losses = {place for place in singles if alone or place in named_so or place == next(iter(places))}
+    return Singles(singles, losses)
 
 
 def held_by(run: Run) -> _Held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor
 from ._nested import Place
 from ._trial import FAILURES, Trial
 from ._validate import BatchLayoutError
-from .outputs import called, held_by, mixing, numbers, room
+from .outputs import Singles, called, held_by, mixing, numbers, room
 
 _ROWS = 10  # of a batch, whose losses are asked in pairs
 _BESIDE = 28  # others beside them
 
 
-def require_totals(trial: Trial, other: int, singles: dict[Place, bool]) -> None:
+def require_totals(trial: Trial, other: int, singles: Singles) -> None:
     """Of a sum or a mean over samples F, F(a, b) + F(c, d) = F(a, d) + F(c, b), alone and with others beside them.
 
     The same samples stand at the same places on both sides, so that random masks cancel. Asked of rows that differ in
@@ -25,15 +26,15 @@ def require_totals(trial: Trial, other: int, singles: dict[Place, bool]) -> None
 
     Args:
         other: a row unlike the first, or -1 for a changed one.
-        singles: places of single numbers -> whether that is all the same, or each sample's own.
 
     Raises:
-        BatchLayoutError: naming the number.
+        BatchLayoutError: naming the number, of losses; other numbers (a perplexity) are named in a warning.
     """
     rows = _rows(trial) if other > 0 else [0, -1]
     quadruples: list[tuple[int, int, int, int, tuple[int, ...]]] = [(0, row, 0, row, ()) for row in rows[1:]]
     if other > 0:
         quadruples += [(a, c, b, d, _beside(trial.batch, (a, b, c, d))) for a, c, b, d in _different(rows, trial.batch)]
+    told: set[Place] = set()
     for a, c, b, d, beside in quadruples:
         try:
             found = _four(trial, (a, c), (b, d), beside, torch.float32)
@@ -41,14 +42,19 @@ def require_totals(trial: Trial, other: int, singles: dict[Place, bool]) -> None
                 found.append(held_by(trial.run([0, 0, 0], exact=torch.float32)))
         except FAILURES:  # a model that cannot run on so many is not asked
             continue
-        for place, own in singles.items():
+        for place, own in singles.own.items():
             values = [run[place] for run in found if place in run]
             if len(values) == len(found):
                 defect, allowed = _defect(values)
                 if not defect <= allowed and _stays(trial, place, (a, c), (b, d), beside, defect):
-                    raise _no_total(place)
+                    told.add(place)
+                    if place in singles.losses:
+                        raise BatchLayoutError(_no_total(place))
             elif not own:  # else in a list of one for each sample
                 raise mixing(place, torch.Size())
+
+    for place in told:
+        warnings.warn(f"{_no_total(place)}. As a metric it does no harm: keep it out of the loss", stacklevel=2)
 
 
 def _rows(trial: Trial) -> list[int]:
@@ -115,10 +121,10 @@ def _stays(
     return not _defect(values)[0] <= 1e-4 * defect
 
 
-def _no_total(place: Place) -> BatchLayoutError:
-    return BatchLayoutError(
+def _no_total(place: Place) -> str:
+    return (
         f"the number {called(place)} that the model returns is not a mean or sum over samples: what one sample adds "
         "depends on the others (a mean over tokens that are not padding, class weights, in-batch negatives, the "
         "hardest of a batch). Clipping cannot bound a sample's influence on such a loss: take the loss of each sample, "
-        "then their mean. Of a metric: compute it outside the model"
+        "then their mean"
     )

@@ -151,7 +151,7 @@ def test_tensors_are_found_wherever_they_are(name: str) -> None:
         (lambda s: torch.nested.nested_tensor(list(s), layout=torch.jagged), "cannot be compared"),
         (lambda s: s.to("meta"), "cannot be compared"),
         (lambda s: torch.masked.masked_tensor(s.detach(), s > 0), "cannot be compared"),
-        (lambda s: {"loss": s.square().mean(), "perplexity": s.square().mean().exp()}, "outside the model"),
+        (lambda s: {"scores": s, "total_loss": s.square().mean().exp()}, "take the loss of each sample"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_by_name(give: Callable[[Tensor], Any], says: str) -> None:
@@ -159,6 +159,14 @@ def test_what_cannot_be_asked_is_refused_by_name(give: Callable[[Tensor], Any], 
         warnings.simplefilter("ignore")
         with pytest.raises(dpk.BatchLayoutError, match=says):
             asked(Gives(give), torch.randn(N, T, 6))
+
+
+def test_a_metric_beside_a_loss_is_told_of() -> None:
+    def give(s: Tensor) -> Any:
+        return {"loss": s.square().mean(), "logits": s, "perplexity": s.square().mean().exp()}
+
+    with pytest.warns(UserWarning, match=r"'perplexity'.*keep it out of the loss"):
+        asked(Gives(give), torch.randn(N, T, 6))
 
 
 @pytest.mark.parametrize("make", [lambda x: x.to_sparse(), lambda x: torch.nested.nested_tensor(list(x))])
