@@ -114,7 +114,12 @@ def require_not_carried(trial: Trial, pairs: Sequence[tuple[Run, Run, slice]], a
     if not written:
         return
     listed, samples = ", ".join(written[:8]), [*range(trial.batch)]
-    after = [held_by(trial.after([*samples, row], samples)) for row in added[:2]]
+    try:
+        after = [held_by(trial.after([*samples, row], samples)) for row in added[:2]]
+    except FAILURES as error:
+        raise BatchLayoutError(
+            f"the model keeps what a batch held in attributes ({listed}), and fails on the next one ({error})"
+        ) from error
     if any(
         not evidence.same(numbers(own), numbers(after[-1][place]), 1e-6) if place in after[-1] else True
         for place, own in after[0].items()

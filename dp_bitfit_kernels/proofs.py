@@ -38,9 +38,7 @@ class Proofs:
         self._warned = False
         self._known: dict[bytes, dict[Any, layout.Proof]] = {}  # training modes -> form of call, sizes -> proof
         self._applied: layout.Proof | None = None  # what the layers go by
-        self._shared: dict[
-            tuple[int, ...], set[int]
-        ] = {}  # dimensions of the inputs -> those that once were not B long
+        self._shared: set[tuple[int, ...]] = set()  # inputs that once were not B long: see ``_learn``
 
     def modes(self) -> bytes:
         """A model may mix samples, or write a buffer, in training mode only: each combination is proven by itself."""
@@ -117,12 +115,14 @@ class Proofs:
                 self._warn_of_many()
 
     def _learn(self, args: Any, kwargs: Any, batch: int) -> frozenset[int]:
-        """Places of inputs that once had another leading size than the batch: masks [T, T] and class weights, which
-        may have it by chance now."""
+        """Places of inputs that had their present leading size in a batch of another: masks [T, T] and class weights,
+        which are as long as the batch by chance now. Of other sizes nothing is known: a mask for all samples, [1, T],
+        may be one of each in the next batch."""
         tensors = list(tensors_in((args, kwargs)))
-        known = self._shared.setdefault(tuple(tensor.dim() for tensor in tensors), set())
-        known.update(place for place, tensor in enumerate(tensors) if tensor.dim() and tensor.shape[0] != batch)
-        return frozenset(known)
+        dims = tuple(tensor.dim() for tensor in tensors)
+        sizes = {place: tensor.shape[0] for place, tensor in enumerate(tensors) if tensor.dim()}
+        self._shared |= {(place, size, *dims) for place, size in sizes.items() if size != batch}
+        return frozenset(place for place, size in sizes.items() if (place, size, *dims) in self._shared)
 
     def _of(self, arguments: Any) -> layout.Proof | None:
         known, asked = self._known.get(self.modes(), {}), form(arguments, numbers=True)

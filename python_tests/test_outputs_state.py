@@ -138,3 +138,16 @@ def test_attributes_that_cannot_be_compared_are_left_alone() -> None:
             self.register_buffer("shared", torch.ones(1).expand(6))
 
     asked(Holds(), torch.randn(N, T, 6))
+
+
+def test_a_mask_for_all_is_not_taken_for_one_in_a_later_batch() -> None:
+    class ByMask(Gives):
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            return self.inner(x) / mask.sum() if len(mask) > 1 else self.inner(x)
+
+    engine, model, optimizer = private(ByMask(lambda s: s), torch.randn(N, 1))
+    with engine.batch(N):
+        model(torch.randn(N, T, 6), torch.ones(1, T)).square().sum().backward()
+        assert optimizer.step()
+    with pytest.raises(dpk.BatchLayoutError), engine.batch(N):
+        model(torch.randn(N, T, 6), torch.rand(N, T))

@@ -160,8 +160,8 @@ OUTPUTS = (
     Sabotage(
         "what one batch held shows in the next",
         "outputs.py",
-        "    after = [held_by(trial.after([*samples, row], samples)) for row in added[:2]]\n",
-        "    after = [held_by(trial.after(samples, samples)) for row in added[:2]]\n",
+        "trial.after([*samples, row], samples)",
+        "trial.after(samples, samples)",
         (f"{STATE}::test_what_one_batch_held_may_not_show_in_the_next",),
     ),
     Sabotage(
@@ -191,5 +191,20 @@ OUTPUTS = (
                 "        for collection, items in ():\n",
             ),
         ),
+    ),
+    Sabotage(
+        "inputs that once were for all samples are so for good",
+        "proofs.py",
+        "        return frozenset(place for place, size in sizes.items() if (place, size, *dims) in self._shared)\n",
+        "        return frozenset(place for place, *_ in self._shared)\n",
+        (f"{STATE}::test_a_mask_for_all_is_not_taken_for_one_in_a_later_batch",),
+    ),
+    Sabotage(
+        "a loss that mixes is told of like a metric",
+        "totals.py",
+        "                    if place in singles.losses:\n",
+        "                    if False:\n",
+        (f"{OUTPUTS_}::test_a_loss_is_a_mean_over_samples_wherever_it_is",),
+        also=(FEWER,),
     ),
 )
