@@ -3,7 +3,7 @@
     python -m bench.profile_step --case roberta_b16_t128 --threads 1 --contenders ours,plain_bias
     python -m bench.profile_step --case roberta_b16_t128 --python       cProfile of one contender's Python side
 
-A look at a cause, not a result: the profiler's own cost is in its times..
+A look at a cause, not a result: the profiler's own cost is in its times.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dp_bitfit_kernels._allocator import peak_bytes
 
 
 def operators(step: Callable[[], object], steps: int) -> Counter[str]:
-    """Self CPU time by operator in microseconds a step."""
-    for _ in range(2):
+    """Self CPU time by operator in microseconds a step, between two batches that the layout proof is asked of."""
+    for _ in range(8):
         step()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):

@@ -20,8 +20,9 @@ void clipped_sum_(const Tensor& total, const Tensor& rows, const Tensor& offsets
 Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
                  double noise_std, double scale);
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64_t first, int64_t count);
-// On a CPU alone: elsewhere the libraries make Gram matrices faster.
-Tensor ghost_squares(const Tensor& left, const Tensor& right);
+// On a CPU alone: elsewhere the libraries' products are faster.
+std::tuple<Tensor, Tensor> ghost_squares(const Tensor& left, const Tensor& right);
+void clipped_outer_sum_(const Tensor& total, const Tensor& left, const Tensor& right, const Tensor& factors);
 
 // What keeps little for backward.
 Tensor pack_bits(const Tensor& mask);

@@ -29,8 +29,12 @@ SCHEMAS: dict[str, str] = {
     ),
     # total [P] int64 += sum over rows of floor(row * factor + 0.5)
     "clipped_sum_": "(Tensor(a!) total, Tensor rows, Tensor offsets, Tensor factors) -> ()",
-    # left [B, T, p], right [B, T, d] float32, unit stride in a row -> [B] float64: |sum_t left_t right_t^T|^2
-    "ghost_squares": "(Tensor left, Tensor right) -> Tensor",
+    # total [p * d] int64 += sum over samples of floor(row * factor + 0.5), row = sum_t left_t right_t^T, left [B, T, p],
+    # right [B, T, d] float32 with unit stride in a row, factors [B] float64
+    "clipped_outer_sum_": "(Tensor(a!) total, Tensor left, Tensor right, Tensor factors) -> ()",
+    # left [B, T, p], right [B, T, d] float32, unit stride in a row -> |sum_t left_t right_t^T|^2 [B] float64, and the
+    # sums over t of |left_t| |right_t|, |left_t|, |right_t| [3, B] float64
+    "ghost_squares": "(Tensor left, Tensor right) -> (Tensor, Tensor)",
     # total [P] int64, key [8] int32, step [1] int64; -> [P] float32
     "noisy_sum": (
         "(Tensor total, Tensor key, Tensor step, int stream, int first, float noise_std, float scale) -> Tensor"
@@ -141,7 +145,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bias_grad_": _bias_grad_into_fake,
     "clip_factors": _clip_factors_fake,
     "clipped_sum_": _clipped_sum_fake,
-    "ghost_squares": lambda left, right: left.new_empty(left.shape[:1], dtype=torch.float64),
+    "clipped_outer_sum_": lambda total, left, right, factors: None,
+    "ghost_squares": lambda left, right: tuple(
+        left.new_empty((*several, left.shape[0]), dtype=torch.float64) for several in ((), (3,))
+    ),
     "noisy_sum": _noisy_sum_fake,
     "random_words": _random_words_fake,
     "pack_bits": lambda mask: _packed(mask, _bytes(mask.numel())),

@@ -47,8 +47,9 @@ class Backend:
     layer_norm_grad: Callable[..., tuple[Tensor, Tensor]]
     group_norm_grad: Callable[..., tuple[Tensor, Tensor]]
     affine_grad: Callable[..., tuple[Tensor, Tensor]]
-    # Compiled for CPUs alone: elsewhere the libraries make Gram matrices faster, and ``grams`` does not come here.
-    ghost_squares: Callable[[Tensor, Tensor], Tensor] = reference.ghost_squares
+    # Compiled for CPUs alone: elsewhere the libraries' products are faster, and ``weights`` does not come here.
+    clipped_outer_sum_: Callable[..., None] = reference.clipped_outer_sum_
+    ghost_squares: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = reference.ghost_squares
 
 
 def _from(name: str, *sources: Any) -> Backend:

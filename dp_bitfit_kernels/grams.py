@@ -67,14 +67,43 @@ class Factors:
         return Factors(left, self.right.double(), self.first)
 
 
-def gram_sum(factors: Sequence[Factors], at_once: int, backend: Backend) -> Tensor:
+def served(factors: Sequence[Factors]) -> bool:
+    """Whether the op ``ghost_squares`` takes them as they lie; on other devices libraries are faster."""
+    if len(factors) != 1:
+        return False
+    left, right = factors[0].left, factors[0].right
+    float32 = left.dtype == right.dtype == torch.float32
+    return float32 and right.device.type == "cpu" and left.stride(3) == right.stride(3) == 1
+
+
+def gram_squares(own: Factors, backend: Backend) -> tuple[Tensor, Tensor]:
+    """|G_i|^2 -> [b] float64 of what is ``served``, and upper bounds of the sums over t of |l_t| |r_t|, which is M,
+    of |l_t| and of |r_t| -> [3, b] float64.
+
+    These come from the diagonals of the Grams: an |l_t|^2 computed in float32 is off by p 2^-24 of itself at most, and
+    by p 2^-126 where products are flushed to zero.
+    """
+    b, g, terms, p = own.left.shape
+    d = own.right.shape[3]
+    squares, sizes = backend.ghost_squares(own.left.flatten(0, 1), own.right.flatten(0, 1))
+    products, lefts, rights = (size.view(b, g).sum(1) * (1.0 + g * terms * 2.0**-52) for size in sizes.unbind(0))
+    (up, above), (across, beside) = ((1.0 + (n + 8) * 2.0**-24, math.sqrt(n) * 2.0**-62) for n in (p, d))
+    count = g * terms
+    sizes = torch.stack(
+        [
+            products * (up * across) + lefts * (up * beside) + rights * (across * above) + count * above * beside,
+            lefts * up + count * above,
+            rights * across + count * beside,
+        ]
+    )
+    return squares.view(b, g).sum(1), sizes
+
+
+def gram_sum(factors: Sequence[Factors], at_once: int) -> Tensor:
     """|G_i|^2 of all uses together -> [b] float64; inf, -inf or NaN where a product of lengths leaves float32 (1e38).
 
-    at_once: elements of a Gram matrix that are made at a time, where an op of the backend does not make them.
+    at_once: elements of a Gram matrix that are made at a time.
     """
-    if len(factors) == 1 and _fits(factors[0]):
-        left, right = factors[0].left.flatten(0, 1), factors[0].right.flatten(0, 1)
-        return backend.ghost_squares(left, right).view(factors[0].left.shape[:2]).sum(1)
     total = factors[0].right.new_zeros(len(factors[0].right), dtype=torch.float64)
     for number, one in enumerate(factors):
         for other in factors[number:]:
@@ -93,12 +122,6 @@ def gram_sum(factors: Sequence[Factors], at_once: int, backend: Backend) -> Tens
                     part = part - products[..., : rows.stop - start].sum((1, 2, 3), dtype=torch.float64)
             total = total + part
     return total
-
-
-def _fits(own: Factors) -> bool:
-    """Whether the op ``ghost_squares`` takes it as it lies; on other devices libraries are faster."""
-    float32 = own.left.dtype == own.right.dtype == torch.float32
-    return float32 and own.right.device.type == "cpu" and own.left.stride(3) == own.right.stride(3) == 1
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:

@@ -240,13 +240,33 @@ def _quarter_round(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
         z.bitwise_right_shift_(32 - bits).bitwise_or_(high).bitwise_and_(_MASK32)
 
 
-def ghost_squares(left: Tensor, right: Tensor) -> Tensor:
-    """|sum_t left_t right_t^T|^2 by Gram matrices: left [B, T, p], right [B, T, d] -> [B] float64."""
-    check_one_device("ghost_squares", left, right)
+def _check_factors(op: str, left: Tensor, right: Tensor) -> None:
+    check_one_device(op, left, right)
     if left.dim() != 3 or right.dim() != 3 or left.shape[:2] != right.shape[:2]:
-        raise OpError(f"ghost_squares: left {tuple(left.shape)} and right {tuple(right.shape)} must be [B, T, ...]")
+        raise OpError(f"{op}: left {tuple(left.shape)} and right {tuple(right.shape)} must be [B, T, ...]")
+
+
+def ghost_squares(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms of outer products added up, by Gram matrices: left [B, T, p], right [B, T, d], made in float64.
+
+    Returns:
+        |sum_t left_t right_t^T|^2 [B]; the sums over t of |left_t| |right_t|, of |left_t| and of |right_t|, [3, B].
+    """
+    _check_factors("ghost_squares", left, right)
+    left, right = left.double(), right.double()
     products = (left @ left.transpose(1, 2)) * (right @ right.transpose(1, 2))
-    return products.sum((1, 2), dtype=torch.float64)
+    a, b = left.norm(dim=2), right.norm(dim=2)
+    return products.sum((1, 2)), torch.stack([a * b, a, b]).sum(2)
+
+
+def clipped_outer_sum_(total: Tensor, left: Tensor, right: Tensor, factors: Tensor) -> None:
+    """total [p * d] int64 += sum_i floor(factors_i row_i + 0.5), row_i = sum_t left_it right_it^T made in float32.
+
+    left [B, T, p], right [B, T, d]; factors [B] float64, of which exactly 0 selects a sample away, whatever it holds.
+    """
+    _check_factors("clipped_outer_sum_", left, right)
+    rows = torch.bmm(left.transpose(1, 2), right).flatten(1)
+    clipped_sum_(total, rows, torch.tensor([0, rows.shape[1]], device=rows.device), factors.unsqueeze(1))
 
 
 def noisy_sum(

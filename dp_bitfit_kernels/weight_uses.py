@@ -63,6 +63,11 @@ class Use(Protocol):
         """What Gram matrices are made of; None where only rows can be had."""
 
 
+def float32_rows(left: Tensor, right: Tensor) -> bool:
+    """Whether rows of such factors are made in float32, not in float64."""
+    return all(torch.promote_types(x.dtype, torch.float32) == torch.float32 for x in (left, right))
+
+
 def lengths(x: Tensor, dim: int) -> Tensor:
     """Upper bounds of the Euclidean norms along ``dim``, float64: above them by at most n 2^-23 and sqrt(n) 2^-61.
 

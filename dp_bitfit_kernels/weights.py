@@ -8,10 +8,12 @@ arXiv 2210.00038, book-keeping), and no float sum over samples: the integer sum 
 **Norms**, for each weight and shape the cheapest (``plan``):
 
 * ``kept``: rows are made in the backward and stay until they are summed, where they are no larger than what makes them
-  (or, of a convolution, than 8 times that: its rows are dear).
+  (or, of a convolution, than 8 times that: its rows are dear) and to make them twice is not faster.
 * ``tokens``: an embedding's rows are one vector for each token that the sample has; these are kept.
 * ``made``: rows are made twice, a few at a time, once for their norm and once for the sum.
 * ``ghost``: |G|^2 = sum_{s,t} (l_s . l_t)(r_s . r_t) (Goodfellow 2015; Li et al., arXiv 2110.05679): no row is made.
+
+Of a linear layer on a CPU the sum is made by one op, ``clipped_outer_sum_``, which rounds blocks of a row as it makes them.
 
 **Sensitivity** stays a bound although ``made`` and ``ghost`` rows are not those that the norm was taken of. Let
 u = 2^-24, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l_t| |r_t|, n the roundings
@@ -48,12 +50,15 @@ from ._precision import full_precision
 from ._validate import EngineError
 from .backends import Backend
 from .clipping import GRID
-from .grams import gamma, gram_error, gram_floor, gram_sum
-from .weight_uses import Lookup, Product, Use
+from .grams import gamma, gram_error, gram_floor, gram_squares, gram_sum, served, wide
+from .weight_uses import Lookup, Product, Use, float32_rows
 
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
 _AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
 _DEAR = 0.01  # the largest part of a norm that the bound may cost
+# Measured on a CPU: T^2 (p + d) / (p d) up to which Grams and blocks of rows are faster than rows, from p d on.
+_CHEAP_GRAM, _WORTH_BLOCKS = 256, 1 << 15
+_LONGEST = 1 << 16  # terms up to which sums of 128 terms, added up, stay below ``Product.chain``
 _INFLATED = 1.0 + 2.0**-40
 
 
@@ -146,7 +151,7 @@ class WeightSink:
                 made = use.rows(slice(0, self.batch), slice(0, self.height)).reshape(self.batch, -1)
                 self._exact = self._exact or not isinstance(use, Product) or self._is_dear(use)
                 if not self._exact:
-                    self._note_sizes([use])
+                    self._note([use], torch.stack(use.sizes()))
             self._rows = made if self._rows is None else self._rows.add_(made)
             return
         self._uses.append((use, _versions(use)))
@@ -161,11 +166,20 @@ class WeightSink:
             return "kept"
         if asked == "ghost":
             return "ghost"
-        if size <= use.worth * use.held or self._is_dear(use):
+        if self._is_dear(use):
             return "kept"
+        if size <= use.worth * use.held:
+            return "ghost" if self._beats_rows(use) else "kept"
         served = isinstance(use, Product) and self._workshop.device.type == "cpu"  # by an op of its own
         dear = 4.0 if self._in_double(terms) else 0.75 if served else 1.25  # an operation on Grams beside one on rows
         return "ghost" if dear * terms * (self.height + self.width) < size else "made"
+
+    def _beats_rows(self, use: Use) -> bool:
+        """Whether Grams, and rows that are rounded as they are made, take less time than to write rows and read them
+        twice, with memory for no more than twice as much: where T is small beside p and d."""
+        size, terms = self.height * self.width, use.terms
+        cheap = terms * terms * (self.height + self.width) <= _CHEAP_GRAM * size and size >= _WORTH_BLOCKS
+        return cheap and use.held <= 2 * size and self._fused(use)
 
     def _is_dear(self, use: Use) -> bool:
         """Whether the bound costs more than 1 % of a norm where M / |G| is sqrt(T)."""
@@ -211,7 +225,7 @@ class WeightSink:
         if self._squares is not None:
             return self._squares
         if self._rows is not None:
-            return self._bounded(self._workshop.squares(self._rows), ())
+            return self._bounded(self._workshop.squares(self._rows))
         if not self._uses:
             return torch.zeros(self.batch, dtype=torch.float64, device=self._workshop.device)
         self._check()
@@ -222,19 +236,21 @@ class WeightSink:
             _, vectors = self._tokens
             return self._workshop.squares(vectors.view(self.batch, -1))
         with full_precision():
+            sizes: Tensor | None = None
             if all(plan in ("ghost", "tokens") for plan in plans) and _of_one_kind(uses):
-                found = self._grams(uses)
+                found, sizes = self._grams(uses)
             else:
                 found = torch.zeros(self.batch, dtype=torch.float64, device=self._workshop.device)
                 for samples, _, rows in self._made():
                     found[samples] += self._workshop.squares(rows)
-            return self._bounded(found, uses)
+            if not self._workshop.twice:
+                self._note(uses, sum(torch.stack(use.sizes()) for use in uses) if sizes is None else sizes)
+            return self._bounded(found)
 
-    def _bounded(self, found: Tensor, uses: Sequence[Use]) -> Tensor:
-        """Upper bounds of the squared norms of rows of these uses, of which ``found`` [B] is a computed one."""
+    def _bounded(self, found: Tensor) -> Tensor:
+        """Upper bounds of the squared norms of rows of all uses, of which ``found`` [B] is a computed one."""
         if self._exact or self._workshop.twice:  # no other rows will be made, or none that a bound could speak of
             return found
-        self._note_sizes(uses)
         assert self._sizes is not None
         largest, lefts, rights = (self._sizes * _INFLATED).unbind(0)
         error, terms = gamma(self._chain, 2.0**-24), self._terms
@@ -249,26 +265,31 @@ class WeightSink:
         squares: Tensor = torch.where(largest < 2.0**126, norms.square(), math.inf)
         return squares
 
-    def _note_sizes(self, uses: Sequence[Use]) -> None:
+    def _note(self, uses: Sequence[Use], sizes: Any) -> None:
+        """Sizes [3, B] of these uses together, and what their rounding goes by."""
+        self._sizes = sizes if self._sizes is None else self._sizes + sizes
         for use in uses:
-            own = torch.stack(use.sizes())
-            self._sizes = own if self._sizes is None else self._sizes + own
             self._chain += use.chain
             self._terms += use.terms
             self._groups = max(self._groups, use.groups)
 
-    def _grams(self, uses: list[Use]) -> Tensor:
-        """``gram_sum`` of all samples, a few at a time."""
+    def _grams(self, uses: list[Use]) -> tuple[Tensor, Tensor | None]:
+        """``gram_sum`` of all samples, a few at a time, and their sizes [3, B] where the Grams tell."""
         terms = sum(use.terms for use in uses)
         each = max(terms * terms, terms * (self.height + self.width) // 4, 1)
         step = max(1, self._workshop.at_once // each)
-        parts = []
+        parts, sizes = [], []
         for start in range(0, self.batch, step):
             samples = slice(start, min(start + step, self.batch))
             factors = [own for use in uses if (own := use.factors(samples)) is not None]
             factors = [own.double() if self._in_double(terms) else own for own in factors]
-            parts.append(gram_sum(factors, self._workshop.at_once, self._workshop.backend))
-        return torch.cat(parts)
+            if served(factors):
+                squares, size = gram_squares(factors[0], self._workshop.backend)
+                parts.append(squares)
+                sizes.append(size)
+            else:
+                parts.append(gram_sum(factors, self._workshop.at_once))
+        return torch.cat(parts), torch.cat(sizes, 1) if sizes else None
 
     def add_clipped(self, total: Tensor, factors: Tensor) -> None:
         """Add sum_i round(factors[i] row_i) to ``total`` [p * d] int64; factors [B, L] float64."""
@@ -281,11 +302,35 @@ class WeightSink:
         elif self._tokens is not None:
             ids, vectors = self._tokens
             _add_tokens(total.view(self.height, self.width), ids, vectors, factor, self._workshop.at_once)
+        elif len(self._uses) == 1 and self._fused(self._uses[0][0]):
+            self._add_outer(total, factor[:, 0])
         elif self._uses:
             with full_precision():
                 for samples, part, rows in self._made():
                     self._workshop.add(total[part.start * self.width : part.stop * self.width], rows, factor[samples])
         self.close()
+
+    def _fused(self, use: Use) -> bool:
+        """Whether its rows are made and rounded by one op, block by block: on other devices libraries are faster."""
+        return (
+            isinstance(use, Product)
+            and self._workshop.device.type == "cpu"
+            and use.left.shape[2] == self.height
+            and use.terms <= _LONGEST
+            and float32_rows(use.left, use.right)
+        )
+
+    def _add_outer(self, total: Tensor, factor: Tensor) -> None:
+        use = self._uses[0][0]
+        assert isinstance(use, Product)
+        step = max(1, self._workshop.at_once // max(1, use.held))
+        if use.left.dtype == use.right.dtype == torch.float32:
+            step = max(1, self.batch)  # nothing is converted
+        for start in range(0, self.batch, step):
+            samples = slice(start, start + step)
+            left, right = (wide(x[samples]) for x in (use.left, use.right))
+            left, right = (x if x.stride(2) == 1 else x.contiguous() for x in (left, right))
+            self._workshop.backend.clipped_outer_sum_(total, left, right, factor[samples])
 
     def weigh(self, weights: Tensor) -> None:
         """A second backward comes, of samples weighed by ``weights`` [B]; what the first one left is forgotten."""

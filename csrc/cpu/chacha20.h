@@ -8,14 +8,18 @@ struct ChaChaBlocks {
 
 template <int bits>
 DPK_INLINE vu rotate_left(vu value) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return as<vu>(_mm512_rol_epi32(as<__m512i>(value), bits));
+#elif defined(__AVX2__)
   if constexpr (bits % 8 == 0) {  // whole bytes move: one shuffle
     alignas(32) int8_t from[32];
     for (int i = 0; i < 32; ++i) from[i] = int8_t(i % 16 / 4 * 4 + (i + 4 - bits / 8) % 4);
     return as<vu>(_mm256_shuffle_epi8(as<__m256i>(value), dpk_load<__m256i>(from)));
   }
 #endif
+#if !defined(__AVX512F__)
   return (value << bits) | (value >> (32 - bits));
+#endif
 }
 
 DPK_INLINE void quarter_round(vu& a, vu& b, vu& c, vu& d) {

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> clip_factors(const Tensor& rows, const Tensor& offset
   const double* extra = extra_squares ? extra_squares->const_data_ptr<double>() : nullptr;
   double* factor = factors.mutable_data_ptr<double>();
   double* norm = norms.mutable_data_ptr<double>();
-  const Kernels& loops = kernels();
+  const ReleaseKernels& loops = *kernels().release;
 
   torch::stable::parallel_for(0, batch, plan_grain(columns * 4), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

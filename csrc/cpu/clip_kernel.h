@@ -23,9 +23,11 @@ double sum_of_squares(const float* in, int64_t count) {
 constexpr double kRounder = 0x1.8p52;
 constexpr double kRoundable = 0x1p51;
 
-// floor(x) as an integer, |x| < 2^51.
+// floor(x) as an integer, |x| < 2^51; any x where kAnyRange, what an int64 cannot hold becoming the smallest one.
 DPK_INLINE vl floor_to_integer(vd x) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return as<vl>(_mm512_cvt_roundpd_epi64(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
   return as<vl>(vd(vd(_mm256_floor_pd(x)) + kRounder)) - as<vl>(splat(kRounder));
 #else
   const vd nearest = (x + kRounder) - kRounder;
@@ -64,16 +66,24 @@ DPK_INLINE float largest(const float* in, int64_t count) {
   return value;
 }
 
+// The same of D elements: whether what leaves the range of floor_to_integer is converted as torch does.
+#if defined(__AVX512F__)
+constexpr bool kAnyRange = true;
+#else
+constexpr bool kAnyRange = false;
+#endif
+DPK_INLINE void add_rounded(int64_t* total, vfd in, vd factor) {
+  const vd scaled = __builtin_convertvector(in, vd) * factor;
+  dpk_store(total, vl(dpk_load<vl>(total) + floor_to_integer(vd(scaled + 0.5))));
+}
+
 void add_rounded(int64_t* total, const float* in, int64_t count, double factor) {
   constexpr int64_t run = 512;  // its second reading comes from the first-level cache
   for (int64_t start = 0; start < count; start += run) {
     const int64_t end = count - start < run ? count : start + run;
     int64_t c = start;
-    if (double(largest(in + start, end - start)) * __builtin_fabs(factor) < kRoundable - 1.0) {
-      for (; c + D <= end; c += D) {
-        const vd scaled = __builtin_convertvector(dpk_load<vfd>(in + c), vd) * factor;
-        dpk_store(total + c, vl(dpk_load<vl>(total + c) + floor_to_integer(vd(scaled + 0.5))));
-      }
+    if (kAnyRange || double(largest(in + start, end - start)) * __builtin_fabs(factor) < kRoundable - 1.0) {
+      for (; c + D <= end; c += D) add_rounded(total + c, dpk_load<vfd>(in + c), splat(factor));
     }
     for (; c < end; ++c) add_to(total[c], floor_to_integer(double(in[c]) * factor + 0.5));
   }

@@ -15,7 +15,7 @@ void clipped_sum_(const Tensor& total, const Tensor& rows, const Tensor& offsets
   const int64_t* at = offsets.const_data_ptr<int64_t>();
   const double* factor = factors.const_data_ptr<double>();
   int64_t* out = total.mutable_data_ptr<int64_t>();
-  const Kernels& loops = kernels();
+  const ReleaseKernels& loops = *kernels().release;
   constexpr int64_t tile = 512;  // 4 KiB of total stays in the first-level cache while the rows pass
 
   const int64_t tiles = (columns + tile - 1) / tile;

@@ -61,7 +61,9 @@ DPK_INLINE Four<vd> select(const Four<vl>& mask, const Four<vd>& yes, const Four
 }
 
 DPK_INLINE Four<vd> square_root(const Four<vd>& a) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return each_of_four([&](int i) __attribute__((always_inline)) { return vd(_mm512_sqrt_pd(a.v[i])); });
+#elif defined(__AVX2__)
   return each_of_four([&](int i) __attribute__((always_inline)) { return vd(_mm256_sqrt_pd(a.v[i])); });
 #else
   Four<vd> root;

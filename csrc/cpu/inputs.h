@@ -1,6 +1,8 @@
 // What the CPU ops read from their arguments before they start; on a GPU such a look would wait for the device.
 #pragma once
 
+#include <initializer_list>
+
 #include "checks.h"
 #include "cpu/isa.h"
 
@@ -13,6 +15,19 @@ inline void check_offsets(const char* op, const Tensor& offsets, int64_t columns
   bool rising = at[0] == 0 && at[groups] == columns;
   for (int64_t l = 0; l < groups; ++l) rising = rising && at[l] <= at[l + 1];
   check(rising, op, "offsets must rise from 0 to the number of columns, ", columns);
+}
+
+// left [B, T, p] and right [B, T, d] of outer products.
+inline void check_factors(const char* op, const Tensor& left, const Tensor& right) {
+  check_tensor(op, "left", left, ScalarType::Float, 3);
+  check_tensor(op, "right", right, ScalarType::Float, 3);
+  check_device(op, "right", right, left);
+  check(right.size(0) == left.size(0) && right.size(1) == left.size(1), op, "right [", right.size(0), ", ",
+        right.size(1), ", ...] does not fit left [", left.size(0), ", ", left.size(1), ", ...]");
+  for (const Tensor* one : {&left, &right}) {
+    check(one->numel() == 0 || one->size(2) == 1 || one->stride(2) == 1, op,
+          "neighbours in a row of left and of right must lie side by side");
+  }
 }
 
 // As the ChaCha20 state holds them.

@@ -2,7 +2,6 @@
 // of one built for a wide processor must not be the one that a narrow processor runs.
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "cpu/isa.h"
 #include "plan.h"
@@ -16,12 +15,9 @@ namespace {
 
 #include "cpu/vector.h"
 
+#include "cpu/lanes.h"
+
 #include "cpu/bias_grad_kernel.h"
-#include "cpu/clip_kernel.h"
-#include "cpu/ghost_squares_kernel.h"
-#include "cpu/chacha20.h"
-#include "cpu/four.h"
-#include "cpu/normal.h"
 
 }  // namespace
 
@@ -29,20 +25,15 @@ namespace {
 #define DPK_NAME(name) DPK_STRING(name)
 
 extern const BackwardKernels backward_table;  // kernels_backward.cpp
+extern const ReleaseKernels release_table;    // kernels_release.cpp
 extern const Kernels table;
 const Kernels table = {
     DPK_NAME(DPK_ISA),
     {features_last<Float32>, features_last<BFloat16>, features_last<Float16>},
     {channels_first<Float32>, channels_first<BFloat16>, channels_first<Float16>},
     {strided<Float32>, strided<BFloat16>, strided<Float16>},
-    sum_of_squares,
-    ghost_squares,
-    kGhostRows,
-    add_rounded,
-    words,
-    normals,
-    add_noise,
     &backward_table,
+    &release_table,
 };
 
 }  // namespace DPK_ISA

@@ -13,6 +13,7 @@ namespace {
 
 #include "cpu/vector.h"
 
+#include "cpu/lanes.h"
 #include "cpu/elements.h"
 
 #include "cpu/activation_kernel.h"

@@ -35,7 +35,7 @@ Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64
   Tensor result = empty_beside(key, {count}, ScalarType::Long);
   if (count == 0) return result;
   int64_t* out = result.mutable_data_ptr<int64_t>();
-  const Kernels& loops = kernels();
+  const ReleaseKernels& loops = *kernels().release;
   for_key_stream<uint64_t>(
       first, count,
       [&](uint64_t* words, uint64_t block, int64_t blocks) { loops.words(words, input, block, blocks); },
@@ -58,7 +58,7 @@ Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(static_cast<double>(in[i]) * scale);
     return result;
   }
-  const Kernels& loops = kernels();
+  const ReleaseKernels& loops = *kernels().release;
   for_key_stream<double>(
       first, count,
       [&](double* normals, uint64_t block, int64_t blocks) { loops.normals(normals, input, block, blocks); },

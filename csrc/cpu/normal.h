@@ -76,7 +76,23 @@ DPK_INLINE void sine_cosine(const Words& high, const Words& low, Numbers& sine, 
 
 // even.v[i] and odd.v[i] hold elements 2 i and 2 i + 1 of D blocks: to out[8 * block + element].
 DPK_INLINE void store_blocks(double* out, const Numbers& even, const Numbers& odd) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m512d pair[8], four[8];  // lane pairs: of pair[2 i] elements 2 i, 2 i + 1 of the even blocks, of pair[2 i + 1] the odd
+  for (int i = 0; i < 4; ++i) {
+    pair[2 * i] = _mm512_unpacklo_pd(even.v[i], odd.v[i]), pair[2 * i + 1] = _mm512_unpackhi_pd(even.v[i], odd.v[i]);
+  }
+  for (int i = 0; i < 2; ++i) {  // of the even blocks (i = 0) or the odd: their elements 0 to 3 and 4 to 7
+    four[4 * i] = _mm512_shuffle_f64x2(pair[i], pair[i + 2], 0x44);
+    four[4 * i + 1] = _mm512_shuffle_f64x2(pair[i], pair[i + 2], 0xee);
+    four[4 * i + 2] = _mm512_shuffle_f64x2(pair[i + 4], pair[i + 6], 0x44);
+    four[4 * i + 3] = _mm512_shuffle_f64x2(pair[i + 4], pair[i + 6], 0xee);
+    for (int half = 0; half < 2; ++half) {
+      const __m512d a = four[4 * i + half], b = four[4 * i + 2 + half];
+      dpk_store(out + 8 * (4 * half + i), _mm512_shuffle_f64x2(a, b, 0x88));
+      dpk_store(out + 8 * (4 * half + 2 + i), _mm512_shuffle_f64x2(a, b, 0xdd));
+    }
+  }
+#elif defined(__AVX2__)
   for (int i = 0; i < 4; i += 2) {
     const __m256d a = _mm256_unpacklo_pd(even.v[i], odd.v[i]), b = _mm256_unpackhi_pd(even.v[i], odd.v[i]);
     const __m256d c = _mm256_unpacklo_pd(even.v[i + 1], odd.v[i + 1]);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <memory>
 #include <stdexcept>
 
 #include "cpu/isa.h"
@@ -44,7 +45,7 @@ PYBIND11_MODULE(_dp_bitfit_native_internals, m) {
   define_backward_loops(m);
   m.def("isas", [] {
     std::vector<std::string> names;
-    for (const char* name : {"baseline", "avx2"}) {
+    for (const char* name : {"baseline", "avx2", "avx512"}) {
       if (dpk::kernels_named(name) != nullptr) names.emplace_back(name);
     }
     return names;
@@ -74,38 +75,49 @@ PYBIND11_MODULE(_dp_bitfit_native_internals, m) {
     named(isa).channels_first[type](pointer<void>(in), steps, stride, width, pointer<float>(out), accumulate);
   });
   m.def("sum_of_squares", [](const std::string& isa, uintptr_t in, int64_t count) {
-    return named(isa).sum_of_squares(pointer<float>(in), count);
+    return named(isa).release->sum_of_squares(pointer<float>(in), count);
   });
   m.def("add_rounded", [](const std::string& isa, uintptr_t total, uintptr_t in, int64_t count, double factor) {
-    named(isa).add_rounded(pointer<int64_t>(total), pointer<float>(in), count, factor);
+    named(isa).release->add_rounded(pointer<int64_t>(total), pointer<float>(in), count, factor);
   });
   m.def("words", [](const std::string& isa, const std::array<uint32_t, 8>& key, const std::array<uint32_t, 3>& nonce,
                     uint64_t first_block, int64_t blocks) {
     std::vector<uint64_t> out(8 * blocks);
-    named(isa).words(out.data(), chacha(key, nonce), first_block, blocks);
+    named(isa).release->words(out.data(), chacha(key, nonce), first_block, blocks);
     return out;
   });
   m.def("normals", [](const std::string& isa, const std::array<uint32_t, 8>& key,
                       const std::array<uint32_t, 3>& nonce, uint64_t first_block, int64_t blocks) {
-    std::vector<double> out(8 * ((blocks + 7) / 8 * 8));
-    named(isa).normals(out.data(), chacha(key, nonce), first_block, blocks);
+    std::vector<double> out(8 * ((blocks + 15) / 16 * 16));
+    named(isa).release->normals(out.data(), chacha(key, nonce), first_block, blocks);
     out.resize(8 * blocks);
     return out;
   });
 
   m.def("add_noise", [](const std::string& isa, uintptr_t out, uintptr_t total, uintptr_t z, int64_t count,
                         double noise_std, double scale) {
-    named(isa).add_noise(pointer<float>(out), pointer<int64_t>(total), pointer<double>(z), count, noise_std, scale);
+    named(isa).release->add_noise(pointer<float>(out), pointer<int64_t>(total), pointer<double>(z), count, noise_std, scale);
   });
 
   m.def("ghost_squares", [](const std::string& isa, uintptr_t left, uintptr_t right, int64_t steps, int64_t width,
                             int64_t depth) {
-    const dpk::Kernels& loops = named(isa);
-    double sum = 0.0;
-    for (int64_t first = 0; first < steps; first += loops.ghost_rows) {
-      sum += loops.ghost_squares(pointer<float>(left), width, width, pointer<float>(right), depth, depth, steps, first);
+    const dpk::ReleaseKernels& loops = *named(isa).release;
+    const auto scratch = std::make_unique<dpk::Scratch>();
+    std::array<double, 4> sums{};
+    for (int64_t first = 0; first < steps; first += dpk::kBlock) {
+      const dpk::GhostSums part =
+          loops.ghost_squares(pointer<float>(left), width, width, pointer<float>(right), depth, depth, steps, first, *scratch);
+      sums[0] += part.square, sums[1] += part.products, sums[2] += part.lefts, sums[3] += part.rights;
     }
-    return sum;
+    return sums;
+  });
+  // total [rows, columns] of left [steps, rows], right [steps, columns], both at most BLOCK wide
+  m.attr("BLOCK") = dpk::kBlock;
+  m.def("add_outer_sum", [](const std::string& isa, uintptr_t total, uintptr_t left, int64_t rows, uintptr_t right,
+                            int64_t columns, int64_t steps, double factor) {
+    named(isa).release->add_outer_sum(pointer<int64_t>(total), columns, pointer<float>(left), rows, rows,
+                                      pointer<float>(right), columns, columns, steps, factor,
+                                      *std::make_unique<dpk::Scratch>());
   });
 
   // Reads memory once on torch's own threads; returns the fold, so that nothing is optimised away.
