@@ -22,6 +22,7 @@ Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64_t first, int64_t count);
 // On a CPU alone: elsewhere the libraries' products are faster.
 std::tuple<Tensor, Tensor> ghost_squares(const Tensor& left, const Tensor& right);
+void clipped_index_sum_(const Tensor& total, const Tensor& ids, const Tensor& vectors, const Tensor& factors);
 void clipped_outer_sum_(const Tensor& total, const Tensor& left, const Tensor& right, const Tensor& factors);
 
 // What keeps little for backward.

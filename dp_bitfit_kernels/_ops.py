@@ -29,6 +29,9 @@ SCHEMAS: dict[str, str] = {
     ),
     # total [P] int64 += sum over rows of floor(row * factor + 0.5)
     "clipped_sum_": "(Tensor(a!) total, Tensor rows, Tensor offsets, Tensor factors) -> ()",
+    # total [V, d] int64 at rows ids [B, T] int64 += floor(vectors * factor + 0.5), vectors [B, T, d] float32, factors [B]
+    # float64
+    "clipped_index_sum_": "(Tensor(a!) total, Tensor ids, Tensor vectors, Tensor factors) -> ()",
     # total [p * d] int64 += sum over samples of floor(row * factor + 0.5), row = sum_t left_t right_t^T, left [B, T, p],
     # right [B, T, d] float32 with unit stride in a row, factors [B] float64
     "clipped_outer_sum_": "(Tensor(a!) total, Tensor left, Tensor right, Tensor factors) -> ()",
@@ -145,6 +148,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bias_grad_": _bias_grad_into_fake,
     "clip_factors": _clip_factors_fake,
     "clipped_sum_": _clipped_sum_fake,
+    "clipped_index_sum_": lambda total, ids, vectors, factors: None,
     "clipped_outer_sum_": lambda total, left, right, factors: None,
     "ghost_squares": lambda left, right: tuple(
         left.new_empty((*several, left.shape[0]), dtype=torch.float64) for several in ((), (3,))

@@ -47,7 +47,8 @@ class Backend:
     layer_norm_grad: Callable[..., tuple[Tensor, Tensor]]
     group_norm_grad: Callable[..., tuple[Tensor, Tensor]]
     affine_grad: Callable[..., tuple[Tensor, Tensor]]
-    # Compiled for CPUs alone: elsewhere the libraries' products are faster, and ``weights`` does not come here.
+    # Compiled for CPUs alone: elsewhere these do, of which ``weights`` asks for the sums by numbers only.
+    clipped_index_sum_: Callable[..., None] = reference.clipped_index_sum_
     clipped_outer_sum_: Callable[..., None] = reference.clipped_outer_sum_
     ghost_squares: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = reference.ghost_squares
 

@@ -30,6 +30,9 @@ from .layers import BiasLayer
 from .weights import WeightSink, Workshop
 
 
+_IN_CACHE = 1 << 18  # elements that are made and moved at once on a CPU
+
+
 class Contribution(Protocol):
     """Per-sample gradients of a range of ledger columns that are known only through their norms and sums."""
 
@@ -136,16 +139,18 @@ class Ledger:
         Args:
             key, step, stream: of the op ``noisy_sum``; element n of the ledger takes block n, whatever part it is in.
         """
-        arguments = (key, step, stream)
         release: Tensor | None = None
         for first, total in self._parts():
-            noisy = self.backend.noisy_sum(total, *arguments, first, noise_std, scale)
             if len(total) == self.width:
-                release = noisy
+                release = self.backend.noisy_sum(total, key, step, stream, first, noise_std, scale)
                 continue
             if release is None:
                 release = torch.empty(self.width, dtype=torch.float32, device=self.device)
-            release[first : first + len(total)] = noisy
+            at_once = _IN_CACHE if self.device.type == "cpu" else max(1, len(total))
+            for start in range(0, len(total), at_once):
+                part = total[start : start + at_once]
+                noisy = self.backend.noisy_sum(part, key, step, stream, first + start, noise_std, scale)
+                release[first + start : first + start + len(part)] = noisy
         assert release is not None
         self.forget()
         return release if self._still is None else release.masked_fill_(self._still, 0.0)

@@ -259,6 +259,22 @@ def ghost_squares(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return products.sum((1, 2)), torch.stack([a * b, a, b]).sum(2)
 
 
+def clipped_index_sum_(total: Tensor, ids: Tensor, vectors: Tensor, factors: Tensor) -> None:
+    """total [V, d] int64 += floor(factors_i vectors_it + 0.5) at row ids_it, for vectors [B, T, d] float32, ids [B, T].
+
+    factors [B] float64, of which exactly 0 selects a sample away, whatever it holds.
+    """
+    check_one_device("clipped_index_sum_", total, ids, vectors, factors)
+    if vectors.dim() != 3 or ids.shape != vectors.shape[:2] or factors.shape != ids.shape[:1]:
+        raise OpError(
+            f"clipped_index_sum_: ids {tuple(ids.shape)} and factors {tuple(factors.shape)} do not fit vectors "
+            f"{tuple(vectors.shape)} [B, T, d]"
+        )
+    own = factors.view(-1, 1, 1)
+    rounded = torch.where(own == 0.0, 0.0, vectors.double() * own).add_(0.5).floor_().to(torch.int64)
+    total.index_add_(0, ids.reshape(-1), rounded.flatten(0, 1))
+
+
 def clipped_outer_sum_(total: Tensor, left: Tensor, right: Tensor, factors: Tensor) -> None:
     """total [p * d] int64 += sum_i floor(factors_i row_i + 0.5), row_i = sum_t left_it right_it^T made in float32.
 

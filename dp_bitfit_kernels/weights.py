@@ -46,6 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from ._precision import full_precision
 from ._validate import EngineError
 from .backends import Backend
@@ -54,10 +55,10 @@ from .grams import gamma, gram_error, gram_floor, gram_squares, gram_sum, served
 from .weight_uses import Lookup, Product, Use, float32_rows
 
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
-_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
+_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
 _DEAR = 0.01  # the largest part of a norm that the bound may cost
 # Measured on a CPU: T^2 (p + d) / (p d) up to which Grams and blocks of rows are faster than rows, from p d on.
-_CHEAP_GRAM, _WORTH_BLOCKS = 256, 1 << 15
+_CHEAP_GRAM, _WORTH_BLOCKS = 64, 1 << 15
 _LONGEST = 1 << 16  # terms up to which sums of 128 terms, added up, stay below ``Product.chain``
 _INFLATED = 1.0 + 2.0**-40
 
@@ -92,6 +93,11 @@ class Workshop:
         """total [n] int64 += sum_i round(factors_i rows_i), rows [b, n] float32, factors [b, 1] float64."""
         self.backend.clipped_sum_(total, rows, self.offsets(rows.shape[1]), factors)
 
+    def add_at(self, total: Tensor, ids: Tensor, vectors: Tensor, factors: Tensor) -> None:
+        """total [V, d] int64 at ids [b, T] += round(factors_i vectors_it), vectors [b, T, d] float32, factors [b]."""
+        own = self.backend if self.device.type == "cpu" else reference
+        own.clipped_index_sum_(total, ids, vectors, factors)
+
 
 class WeightSink:
     """What one batch does with one trained weight."""
@@ -102,6 +108,7 @@ class WeightSink:
         self._workshop = workshop
         self._open = True
         self._rows: Tensor | None = None  # [B, p * d] float32, where they are kept
+        self._row_squares: Tensor | None = None  # [B], of rows that one call made
         self._uses: list[tuple[Use, tuple[int, ...]]] = []  # with the versions of their tensors
         self._tokens: tuple[Tensor, Tensor] | None = None
         self._sizes: Tensor | None = None  # [3, B], of all uses whose sizes were taken
@@ -152,7 +159,9 @@ class WeightSink:
                 self._exact = self._exact or not isinstance(use, Product) or self._is_dear(use)
                 if not self._exact:
                     self._note([use], torch.stack(use.sizes()))
-            self._rows = made if self._rows is None else self._rows.add_(made)
+            first = self._rows is None
+            self._rows = made if first else self._rows.add_(made)  # type: ignore[union-attr]
+            self._row_squares = self._workshop.squares(made) if first else None  # while they are in the cache
             return
         self._uses.append((use, _versions(use)))
 
@@ -225,7 +234,8 @@ class WeightSink:
         if self._squares is not None:
             return self._squares
         if self._rows is not None:
-            return self._bounded(self._workshop.squares(self._rows))
+            made = self._workshop.squares(self._rows) if self._row_squares is None else self._row_squares
+            return self._bounded(made)
         if not self._uses:
             return torch.zeros(self.batch, dtype=torch.float64, device=self._workshop.device)
         self._check()
@@ -301,7 +311,11 @@ class WeightSink:
             self._workshop.add(total, self._rows, factor)
         elif self._tokens is not None:
             ids, vectors = self._tokens
-            _add_tokens(total.view(self.height, self.width), ids, vectors, factor, self._workshop.at_once)
+            step = max(1, self._workshop.at_once // max(1, vectors.shape[1] * vectors.shape[2]))
+            for start in range(0, self.batch, step):
+                samples = slice(start, start + step)
+                table = total.view(self.height, self.width)
+                self._workshop.add_at(table, ids[samples], vectors[samples], factor[samples, 0])
         elif len(self._uses) == 1 and self._fused(self._uses[0][0]):
             self._add_outer(total, factor[:, 0])
         elif self._uses:
@@ -335,6 +349,7 @@ class WeightSink:
     def weigh(self, weights: Tensor) -> None:
         """A second backward comes, of samples weighed by ``weights`` [B]; what the first one left is forgotten."""
         self._weights, self._rows, self._tokens, self._squares = weights, None, None, None
+        self._row_squares = None
         self._uses.clear()
 
     def close(self) -> None:
@@ -372,14 +387,3 @@ def summed(uses: list[Lookup]) -> tuple[Tensor, Tensor]:
     vectors = torch.zeros_like(flat).index_add_(0, place, flat.index_select(0, source))
     tokens = torch.zeros_like(ids).scatter_(1, slot, ordered)
     return tokens, vectors.view(batch, terms, grad.shape[2])
-
-
-def _add_tokens(total: Tensor, ids: Tensor, vectors: Tensor, factor: Tensor, at_once: int) -> None:
-    """total [V, d] int64 += the vectors [B, T, d] of the tokens [B, T], clipped by factor [B, 1] and rounded."""
-    step = max(1, at_once // max(1, vectors.shape[1] * vectors.shape[2]))
-    for start in range(0, ids.shape[0], step):
-        samples = slice(start, start + step)
-        own = factor[samples].unsqueeze(2)
-        scaled = vectors[samples].double() * own
-        rounded = torch.where(own == 0.0, 0.0, scaled).add_(0.5).floor_().to(torch.int64)
-        total.index_add_(0, ids[samples].reshape(-1), rounded.flatten(0, 1))

@@ -13,7 +13,7 @@ DPK_INLINE void gram_square(const float* x, int64_t stride, int64_t steps, int64
     const bool diagonal = first == other;
     gather_turned(x + first * stride + k, stride, rows, depth, own);
     if (!diagonal) gather_turned(x + other * stride + k, stride, columns, depth, others);
-    product_block(own, others, depth, rows, columns, diagonal, into(out, k > 0));
+    product_block(own, others, depth, rows, columns, diagonal, into(out, k > 0), nowhere);
   }
 }
 

@@ -24,9 +24,11 @@ DPK_INLINE vf multiply_add(vf a, vf b, vf sum) {
 #endif
 }
 
-// The tile whose corner is row r, column c, `registers` of columns: use(row, column, W elements) for all of it.
-template <int registers, class Use>
-DPK_INLINE void product_tile(const FactorRows a, const FactorRows b, int64_t depth, int64_t r, int64_t c, Use use) {
+// The tile whose corner is row r, column c, `registers` of columns: use(row, column, W elements) for all of it. Where the
+// result goes, to(row, column), is called into the cache before.
+template <int registers, class Use, class To>
+DPK_INLINE void product_tile(const FactorRows a, const FactorRows b, int64_t depth, int64_t r, int64_t c, Use use, To to) {
+  for (int i = 0; i < kTileRows; ++i) to(r + i, c, registers * W);
   vf sums[kTileRows][registers] = {};
   const float *own = a[0] + r, *other = b[0] + c;
   for (const float* end = own + depth * kStride; own != end; own += kStride, other += kStride) {
@@ -44,17 +46,17 @@ DPK_INLINE void product_tile(const FactorRows a, const FactorRows b, int64_t dep
 
 // All of it, or (upper) what lies on and above the diagonal and some of the rest. Rows and columns beyond the last are
 // made of what stands there, up to whole tiles.
-template <class Use>
+template <class Use, class To>
 DPK_INLINE void product_block(const FactorRows a, const FactorRows b, int64_t depth, int64_t rows, int64_t columns,
-                              bool upper, Use use) {
+                              bool upper, Use use, To to) {
   for (int64_t c = 0; c < columns; c += kTileColumns) {
     const int64_t end = upper ? at_most(rows, c + kTileColumns) : rows;
     for (int64_t r = 0; r < end; r += kTileRows) {
       const bool second = c + W < columns, first = !upper || r < c + W;
       if (first && second) {
-        product_tile<2>(a, b, depth, r, c, use);
+        product_tile<2>(a, b, depth, r, c, use, to);
       } else {
-        product_tile<1>(a, b, depth, r, first ? c : c + W, use);
+        product_tile<1>(a, b, depth, r, first ? c : c + W, use, to);
       }
     }
   }
@@ -112,6 +114,8 @@ DPK_INLINE void gather_turned(const float* x, int64_t stride, int64_t count, int
   }
 }
 
+DPK_INLINE void nowhere(int64_t, int64_t, int64_t) {}
+
 // Add to `out` what is made, or put it there.
 DPK_INLINE auto into(ProductRows out, bool add) {
   return [out, add](int64_t row, int64_t column, vf made) __attribute__((always_inline)) {
@@ -139,7 +143,7 @@ void add_outer_sum(int64_t* total, int64_t total_stride, const float* left, int6
     gather(right + t * right_stride, right_stride, depth, columns, b);
     const auto keep = into(out, add);
     if (!kAnyRange || !last) {
-      product_block(a, b, depth, rows, columns, false, keep);
+      product_block(a, b, depth, rows, columns, false, keep, nowhere);
       continue;
     }
     product_block(a, b, depth, rows, columns, false,
@@ -154,6 +158,10 @@ void add_outer_sum(int64_t* total, int64_t total_stride, const float* left, int6
                       dpk_store(each, made);
                       add_rounded(to, each, columns - column, factor);
                     }
+                  },
+                  [&](int64_t row, int64_t column, int64_t count) __attribute__((always_inline)) {
+                    const int64_t* to = total + row * total_stride + column;
+                    for (int64_t i = 0; row < rows && i < count; i += 8) __builtin_prefetch(to + i, 1);
                   });
   }
   if (kAnyRange) return;
