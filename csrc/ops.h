@@ -23,7 +23,8 @@ Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64
 // On a CPU alone: elsewhere the libraries' products are faster.
 std::tuple<Tensor, Tensor> ghost_squares(const Tensor& left, const Tensor& right);
 void clipped_index_sum_(const Tensor& total, const Tensor& ids, const Tensor& vectors, const Tensor& factors);
-void clipped_outer_sum_(const Tensor& total, const Tensor& left, const Tensor& right, const Tensor& factors);
+void clipped_outer_sum_(const Tensor& total, const Tensor& left, const Tensor& right, const Tensor& factors,
+                        bool fresh);
 
 // What keeps little for backward.
 Tensor pack_bits(const Tensor& mask);

@@ -32,11 +32,11 @@ SCHEMAS: dict[str, str] = {
     # total [V, d] int64 at rows ids [B, T] int64 += floor(vectors * factor + 0.5), vectors [B, T, d] float32, factors [B]
     # float64
     "clipped_index_sum_": "(Tensor(a!) total, Tensor ids, Tensor vectors, Tensor factors) -> ()",
-    # total [p * d] int64 += sum over samples of floor(row * factor + 0.5), row = sum_t left_t right_t^T, left [B, T, p],
-    # right [B, T, d] float32 with unit stride in a row, factors [B] float64
-    "clipped_outer_sum_": "(Tensor(a!) total, Tensor left, Tensor right, Tensor factors) -> ()",
-    # left [B, T, p], right [B, T, d] float32, unit stride in a row -> |sum_t left_t right_t^T|^2 [B] float64, and the
-    # sums over t of |left_t| |right_t|, |left_t|, |right_t| [3, B] float64
+    # total [p * d] int64 += (fresh: =) sum over samples of floor(row * factor + 0.5), row = sum_t left_t right_t^T, left
+    # [B, T, p], right [B, T, d] float32, of both T or the last with unit stride, factors [B] float64
+    "clipped_outer_sum_": "(Tensor(a!) total, Tensor left, Tensor right, Tensor factors, bool fresh) -> ()",
+    # left [B, T, p], right [B, T, d] likewise -> |sum_t left_t right_t^T|^2 [B] float64, and the sums over t of
+    # |left_t| |right_t|, |left_t|, |right_t| [3, B] float64
     "ghost_squares": "(Tensor left, Tensor right) -> (Tensor, Tensor)",
     # total [P] int64, key [8] int32, step [1] int64; -> [P] float32
     "noisy_sum": (
@@ -149,7 +149,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "clip_factors": _clip_factors_fake,
     "clipped_sum_": _clipped_sum_fake,
     "clipped_index_sum_": lambda total, ids, vectors, factors: None,
-    "clipped_outer_sum_": lambda total, left, right, factors: None,
+    "clipped_outer_sum_": lambda total, left, right, factors, fresh: None,
     "ghost_squares": lambda left, right: tuple(
         left.new_empty((*several, left.shape[0]), dtype=torch.float64) for several in ((), (3,))
     ),

@@ -73,7 +73,12 @@ def served(factors: Sequence[Factors]) -> bool:
         return False
     left, right = factors[0].left, factors[0].right
     float32 = left.dtype == right.dtype == torch.float32
-    return float32 and right.device.type == "cpu" and left.stride(3) == right.stride(3) == 1
+    return float32 and right.device.type == "cpu" and side_by_side(left) and side_by_side(right)
+
+
+def side_by_side(x: Tensor) -> bool:
+    """Whether terms or their elements, the last two dimensions, are neighbours in memory, as ops on factors ask."""
+    return x.stride(-1) == 1 or x.stride(-2) == 1
 
 
 def gram_squares(own: Factors, backend: Backend) -> tuple[Tensor, Tensor]:

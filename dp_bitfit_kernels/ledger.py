@@ -367,9 +367,12 @@ class Ledger:
         # Those first that give most memory back, for the sums of the others.
         for number in sorted(range(len(slab.sinks)), key=lambda number: slab.sinks[number].balance):
             own = self._sums[number]
+            fresh = own is None
             if own is None:
-                own = self._sums[number] = self._sum_of(self.sunk[number])
-            slab.sinks[number].add_clipped(own, factors)
+                entry = self.sunk[number]
+                own = torch.empty(entry.stop - entry.start, dtype=torch.int64, device=self.device)
+                self._sums[number] = own
+            slab.sinks[number].add_clipped(own, factors, fresh)
         slab.contributions.clear()
         self.close()
 

@@ -275,12 +275,15 @@ def clipped_index_sum_(total: Tensor, ids: Tensor, vectors: Tensor, factors: Ten
     total.index_add_(0, ids.reshape(-1), rounded.flatten(0, 1))
 
 
-def clipped_outer_sum_(total: Tensor, left: Tensor, right: Tensor, factors: Tensor) -> None:
+def clipped_outer_sum_(total: Tensor, left: Tensor, right: Tensor, factors: Tensor, fresh: bool) -> None:
     """total [p * d] int64 += sum_i floor(factors_i row_i + 0.5), row_i = sum_t left_it right_it^T made in float32.
 
     left [B, T, p], right [B, T, d]; factors [B] float64, of which exactly 0 selects a sample away, whatever it holds.
+    fresh: what ``total`` holds is forgotten.
     """
     _check_factors("clipped_outer_sum_", left, right)
+    if fresh:
+        total.zero_()
     rows = torch.bmm(left.transpose(1, 2), right).flatten(1)
     clipped_sum_(total, rows, torch.tensor([0, rows.shape[1]], device=rows.device), factors.unsqueeze(1))
 

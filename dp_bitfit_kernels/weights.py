@@ -8,12 +8,13 @@ arXiv 2210.00038, book-keeping), and no float sum over samples: the integer sum 
 **Norms**, for each weight and shape the cheapest (``plan``):
 
 * ``kept``: rows are made in the backward and stay until they are summed, where they are no larger than what makes them
-  (or, of a convolution, than 8 times that: its rows are dear) and to make them twice is not faster.
+  (or, of a convolution, than 8 times that: its rows are dear).
 * ``tokens``: an embedding's rows are one vector for each token that the sample has; these are kept.
 * ``made``: rows are made twice, a few at a time, once for their norm and once for the sum.
 * ``ghost``: |G|^2 = sum_{s,t} (l_s . l_t)(r_s . r_t) (Goodfellow 2015; Li et al., arXiv 2110.05679): no row is made.
 
-Of a linear layer on a CPU the sum is made by one op, ``clipped_outer_sum_``, which rounds blocks of a row as it makes them.
+On a CPU the sum of ``made`` and ``ghost`` rows comes from one op, ``clipped_outer_sum_``, which rounds blocks of a row as
+it makes them.
 
 **Sensitivity** stays a bound although ``made`` and ``ghost`` rows are not those that the norm was taken of. Let
 u = 2^-24, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l_t| |r_t|, n the roundings
@@ -51,14 +52,12 @@ from ._precision import full_precision
 from ._validate import EngineError
 from .backends import Backend
 from .clipping import GRID
-from .grams import gamma, gram_error, gram_floor, gram_squares, gram_sum, served, wide
-from .weight_uses import Lookup, Product, Use, float32_rows
+from .grams import gamma, gram_error, gram_floor, gram_squares, gram_sum, served, side_by_side
+from .weight_uses import Convolution, Lookup, Product, Use, float32_rows
 
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
 _AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
 _DEAR = 0.01  # the largest part of a norm that the bound may cost
-# Measured on a CPU: T^2 (p + d) / (p d) up to which Grams and blocks of rows are faster than rows, from p d on.
-_CHEAP_GRAM, _WORTH_BLOCKS = 64, 1 << 15
 _LONGEST = 1 << 16  # terms up to which sums of 128 terms, added up, stay below ``Product.chain``
 _INFLATED = 1.0 + 2.0**-40
 
@@ -175,20 +174,11 @@ class WeightSink:
             return "kept"
         if asked == "ghost":
             return "ghost"
-        if self._is_dear(use):
+        if size <= use.worth * use.held or self._is_dear(use):
             return "kept"
-        if size <= use.worth * use.held:
-            return "ghost" if self._beats_rows(use) else "kept"
-        served = isinstance(use, Product) and self._workshop.device.type == "cpu"  # by an op of its own
-        dear = 4.0 if self._in_double(terms) else 0.75 if served else 1.25  # an operation on Grams beside one on rows
+        # An operation on Grams beside one on rows: on a CPU an op makes them.
+        dear = 4.0 if self._in_double(terms) else 0.75 if self._workshop.device.type == "cpu" else 1.25
         return "ghost" if dear * terms * (self.height + self.width) < size else "made"
-
-    def _beats_rows(self, use: Use) -> bool:
-        """Whether Grams, and rows that are rounded as they are made, take less time than to write rows and read them
-        twice, with memory for no more than twice as much: where T is small beside p and d."""
-        size, terms = self.height * self.width, use.terms
-        cheap = terms * terms * (self.height + self.width) <= _CHEAP_GRAM * size and size >= _WORTH_BLOCKS
-        return cheap and use.held <= 2 * size and self._fused(use)
 
     def _is_dear(self, use: Use) -> bool:
         """Whether the bound costs more than 1 % of a norm where M / |G| is sqrt(T)."""
@@ -301,9 +291,16 @@ class WeightSink:
                 parts.append(gram_sum(factors, self._workshop.at_once))
         return torch.cat(parts), torch.cat(sizes, 1) if sizes else None
 
-    def add_clipped(self, total: Tensor, factors: Tensor) -> None:
-        """Add sum_i round(factors[i] row_i) to ``total`` [p * d] int64; factors [B, L] float64."""
+    def add_clipped(self, total: Tensor, factors: Tensor, fresh: bool = False) -> None:
+        """Add sum_i round(factors[i] row_i) to ``total`` [p * d] int64, in which nothing is yet where ``fresh``.
+
+        factors: [B, L] float64.
+        """
         factor = factors[:, self.group : self.group + 1].contiguous()
+        fused = len(self._uses) == 1 and self._weights is None and self._rows is None and self._tokens is None
+        fused = fused and self._fused(self._uses[0][0])
+        if fresh and not fused:
+            total.zero_()
         if self._weights is not None:
             if self._sum is not None:
                 total.add_((self._sum.double().reshape(-1) * GRID).add_(0.5).floor_().to(torch.int64))
@@ -316,8 +313,8 @@ class WeightSink:
                 samples = slice(start, start + step)
                 table = total.view(self.height, self.width)
                 self._workshop.add_at(table, ids[samples], vectors[samples], factor[samples, 0])
-        elif len(self._uses) == 1 and self._fused(self._uses[0][0]):
-            self._add_outer(total, factor[:, 0])
+        elif fused:
+            self._add_outer(total, factor[:, 0], fresh)
         elif self._uses:
             with full_precision():
                 for samples, part, rows in self._made():
@@ -326,25 +323,26 @@ class WeightSink:
 
     def _fused(self, use: Use) -> bool:
         """Whether its rows are made and rounded by one op, block by block: on other devices libraries are faster."""
-        return (
-            isinstance(use, Product)
-            and self._workshop.device.type == "cpu"
-            and use.left.shape[2] == self.height
-            and use.terms <= _LONGEST
-            and float32_rows(use.left, use.right)
-        )
+        if self._workshop.device.type != "cpu" or use.terms > _LONGEST:
+            return False
+        if isinstance(use, Convolution):
+            return use.groups == 1 and len(use.kernel) <= 2 and float32_rows(use.grad, use.input)
+        return isinstance(use, Product) and use.left.shape[2] == self.height and float32_rows(use.left, use.right)
 
-    def _add_outer(self, total: Tensor, factor: Tensor) -> None:
+    def _add_outer(self, total: Tensor, factor: Tensor, fresh: bool) -> None:
         use = self._uses[0][0]
-        assert isinstance(use, Product)
-        step = max(1, self._workshop.at_once // max(1, use.held))
-        if use.left.dtype == use.right.dtype == torch.float32:
-            step = max(1, self.batch)  # nothing is converted
-        for start in range(0, self.batch, step):
+        # Several samples, so that what is added up is fetched once for all of them.
+        step = max(1, 4 * self._workshop.at_once // max(1, use.terms * (self.height + self.width)))
+        if isinstance(use, Product) and use.left.dtype == use.right.dtype == torch.float32:
+            step = max(1, self.batch)  # nothing is copied
+        for start in range(0, max(1, self.batch), step):
             samples = slice(start, start + step)
-            left, right = (wide(x[samples]) for x in (use.left, use.right))
-            left, right = (x if x.stride(2) == 1 else x.contiguous() for x in (left, right))
-            self._workshop.backend.clipped_outer_sum_(total, left, right, factor[samples])
+            own = use.factors(samples)
+            assert own is not None
+            left, right = (
+                x if side_by_side(x) else x.contiguous() for x in (own.left.squeeze(1), own.right.squeeze(1))
+            )
+            self._workshop.backend.clipped_outer_sum_(total, left, right, factor[samples], fresh and start == 0)
 
     def weigh(self, weights: Tensor) -> None:
         """A second backward comes, of samples weighed by ``weights`` [B]; what the first one left is forgotten."""

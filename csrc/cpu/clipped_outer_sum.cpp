@@ -14,7 +14,8 @@ Scratch& scratch() {
   return *own;
 }
 
-void clipped_outer_sum_(const Tensor& total, const Tensor& left, const Tensor& right, const Tensor& factors) {
+void clipped_outer_sum_(const Tensor& total, const Tensor& left, const Tensor& right, const Tensor& factors,
+                        bool fresh) {
   constexpr const char* op = "clipped_outer_sum_";
   check_factors(op, left, right);
   const int64_t batch = left.size(0), steps = left.size(1), width = left.size(2), depth = right.size(2);
@@ -27,7 +28,6 @@ void clipped_outer_sum_(const Tensor& total, const Tensor& left, const Tensor& r
   check(factors.size(0) == batch && (batch <= 1 || factors.stride(0) == 1), op, "factors has ", factors.size(0),
         " elements, not neighbours in memory or not B = ", batch);
 
-  const float *l = left.const_data_ptr<float>(), *r = right.const_data_ptr<float>();
   const double* factor = factors.const_data_ptr<double>();
   int64_t* out = total.mutable_data_ptr<int64_t>();
   const ReleaseKernels& loops = *kernels().release;
@@ -38,11 +38,13 @@ void clipped_outer_sum_(const Tensor& total, const Tensor& left, const Tensor& r
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / across * kBlock, column = item % across * kBlock;
       const int64_t rows = std::min(width - row, kBlock), columns = std::min(depth - column, kBlock);
+      for (int64_t k = 0; fresh && k < rows; ++k) {
+        std::fill_n(out + (row + k) * depth + column, columns, int64_t{0});
+      }
       for (int64_t i = 0; i < batch; ++i) {
         if (factor[i] == 0.0) continue;  // selects the sample away, whatever it holds
-        loops.add_outer_sum(out + row * depth + column, depth, l + i * left.stride(0) + row, left.stride(1), rows,
-                            r + i * right.stride(0) + column, right.stride(1), columns, steps, factor[i],
-                            own);
+        loops.add_outer_sum(out + row * depth + column, depth, terms_of(left, i).from(0, row), rows,
+                            terms_of(right, i).from(0, column), columns, steps, factor[i], own);
       }
     }
   });

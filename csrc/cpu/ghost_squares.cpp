@@ -15,13 +15,11 @@ std::tuple<Tensor, Tensor> ghost_squares(const Tensor& left, const Tensor& right
   const Tensor sizes = empty_beside(left, {3, batch}, ScalarType::Double);
   const int64_t parts = (steps + kBlock - 1) / kBlock;
   std::vector<GhostSums> sums(static_cast<size_t>(batch * parts));
-  const float *l = left.const_data_ptr<float>(), *r = right.const_data_ptr<float>();
   torch::stable::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch& own = scratch();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = item / parts, first = item % parts * kBlock;
-      sums[item] = loops.ghost_squares(l + i * left.stride(0), left.stride(1), width, r + i * right.stride(0),
-                                       right.stride(1), depth, steps, first, own);
+      sums[item] = loops.ghost_squares(terms_of(left, i), width, terms_of(right, i), depth, steps, first, own);
     }
   });
   double *square = squares.mutable_data_ptr<double>(), *size = sizes.mutable_data_ptr<double>();

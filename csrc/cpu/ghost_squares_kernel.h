@@ -3,7 +3,7 @@
 // products each passes no more roundings than min(p, 128) + ceil(p / 128), which grams.py reckons with.
 
 // out[s - first][t - other] = x_s . x_t for rows s from `first` and t from `other` on, up to kBlock of each, t >= s.
-DPK_INLINE void gram_square(const float* x, int64_t stride, int64_t steps, int64_t width, int64_t first, int64_t other,
+DPK_INLINE void gram_square(const Terms& x, int64_t steps, int64_t width, int64_t first, int64_t other,
                             Scratch& scratch, ProductRows out) {
   const FactorRows own = scratch.factors[0], others = first == other ? own : scratch.factors[1];
   const int64_t rows = at_most(steps - first, kBlock), columns = at_most(steps - other, kBlock);
@@ -11,9 +11,13 @@ DPK_INLINE void gram_square(const float* x, int64_t stride, int64_t steps, int64
   for (int64_t k = 0; k < width; k += kDepth) {
     const int64_t depth = at_most(width - k, kDepth);
     const bool diagonal = first == other;
-    gather_turned(x + first * stride + k, stride, rows, depth, own);
-    if (!diagonal) gather_turned(x + other * stride + k, stride, columns, depth, others);
-    product_block(own, others, depth, rows, columns, diagonal, into(out, k > 0), nowhere);
+    // Elements take the place of terms, and terms of elements.
+    const auto turned = [&](int64_t t) __attribute__((always_inline)) {
+      return Terms{x.from(t, k).at, x.item, x.term};
+    };
+    gather(turned(first), depth, rows, own);
+    if (!diagonal) gather(turned(other), depth, columns, others);
+    product_block(own, others, depth, rows, columns, diagonal, into(out, k > 0));
   }
 }
 
@@ -30,15 +34,15 @@ DPK_INLINE double inner_product(const float* x, const float* y, int64_t count) {
   return sum;
 }
 
-GhostSums ghost_squares(const float* left, int64_t left_stride, int64_t width, const float* right, int64_t right_stride,
-                        int64_t depth, int64_t steps, int64_t first, Scratch& scratch) {
+GhostSums ghost_squares(const Terms& left, int64_t width, const Terms& right, int64_t depth, int64_t steps,
+                        int64_t first, Scratch& scratch) {
   const ProductRows lefts = scratch.products[0], rights = scratch.products[1];
   const int64_t rows = at_most(steps - first, kBlock);
   GhostSums sums = {};
   for (int64_t other = first; other < steps; other += kBlock) {
     const int64_t columns = at_most(steps - other, kBlock);
-    gram_square(left, left_stride, steps, width, first, other, scratch, lefts);
-    gram_square(right, right_stride, steps, depth, first, other, scratch, rights);
+    gram_square(left, steps, width, first, other, scratch, lefts);
+    gram_square(right, steps, depth, first, other, scratch, rights);
     for (int64_t s = 0; s < rows; ++s) {
       const float *l = lefts[s], *r = rights[s];
       const bool diagonal = first == other;

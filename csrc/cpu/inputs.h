@@ -25,9 +25,16 @@ inline void check_factors(const char* op, const Tensor& left, const Tensor& righ
   check(right.size(0) == left.size(0) && right.size(1) == left.size(1), op, "right [", right.size(0), ", ",
         right.size(1), ", ...] does not fit left [", left.size(0), ", ", left.size(1), ", ...]");
   for (const Tensor* one : {&left, &right}) {
-    check(one->numel() == 0 || one->size(2) == 1 || one->stride(2) == 1, op,
-          "neighbours in a row of left and of right must lie side by side");
+    check(one->numel() == 0 || one->size(2) == 1 || one->stride(2) == 1 || one->size(1) == 1 || one->stride(1) == 1, op,
+          "terms of left and of right, or elements of a term, must lie side by side");
   }
+}
+
+// Those of sample i. Strides of dimensions of one element say nothing.
+inline Terms terms_of(const Tensor& x, int64_t i) {
+  const float* at = x.const_data_ptr<float>() + i * x.stride(0);
+  if (x.size(2) == 1 || x.stride(2) == 1) return {at, x.stride(1), 1};
+  return {at, 1, x.stride(2)};
 }
 
 // As the ChaCha20 state holds them.

@@ -23,6 +23,14 @@ struct GhostSums {
 constexpr int64_t kBlock = 256, kDepth = 128;
 constexpr int64_t kStride = kBlock + 16;  // elements of a factor from one product to the next
 
+// One factor of outer products: element c of term t is at[t * term + c * item], one of the strides being 1.
+struct Terms {
+  const float* at;
+  int64_t term, item;
+
+  Terms from(int64_t t, int64_t c) const { return {at + t * term + c * item, term, item}; }
+};
+
 // Where one thread multiplies; its content means nothing between two calls.
 struct alignas(64) Scratch {
   float factors[2][kDepth][kStride];
@@ -36,15 +44,14 @@ struct ReleaseKernels {
   double (*sum_of_squares)(const float* in, int64_t count);
 
   // What the pairs s, t < steps whose smaller one lies in first ... first + kBlock - 1 add to `square`, and these terms
-  // to the others. l_t = left[t * left_stride] of `width`, r_t = right[t * right_stride] of `depth` elements.
-  GhostSums (*ghost_squares)(const float* left, int64_t left_stride, int64_t width, const float* right,
-                             int64_t right_stride, int64_t depth, int64_t steps, int64_t first, Scratch& scratch);
+  // to the others. left: terms of `width` elements, right: of `depth`.
+  GhostSums (*ghost_squares)(const Terms& left, int64_t width, const Terms& right, int64_t depth, int64_t steps,
+                             int64_t first, Scratch& scratch);
 
-  // total[r * total_stride + c] += floor(factor * o + 0.5), o = sum over t < steps of left[t * left_stride + r]
-  // right[t * right_stride + c], r < rows, c < columns, both at most kBlock
-  void (*add_outer_sum)(int64_t* total, int64_t total_stride, const float* left, int64_t left_stride, int64_t rows,
-                        const float* right, int64_t right_stride, int64_t columns, int64_t steps, double factor,
-                        Scratch& scratch);
+  // total[r * total_stride + c] += floor(factor * o + 0.5), o = sum over t < steps of left_t[r] right_t[c], r < rows, c <
+  // columns, both at most kBlock
+  void (*add_outer_sum)(int64_t* total, int64_t total_stride, const Terms& left, int64_t rows, const Terms& right,
+                        int64_t columns, int64_t steps, double factor, Scratch& scratch);
 
   // total[c] += floor(double(in[c]) * factor + 0.5), c < count
   void (*add_rounded)(int64_t* total, const float* in, int64_t count, double factor);

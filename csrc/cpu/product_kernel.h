@@ -24,11 +24,9 @@ DPK_INLINE vf multiply_add(vf a, vf b, vf sum) {
 #endif
 }
 
-// The tile whose corner is row r, column c, `registers` of columns: use(row, column, W elements) for all of it. Where the
-// result goes, to(row, column), is called into the cache before.
-template <int registers, class Use, class To>
-DPK_INLINE void product_tile(const FactorRows a, const FactorRows b, int64_t depth, int64_t r, int64_t c, Use use, To to) {
-  for (int i = 0; i < kTileRows; ++i) to(r + i, c, registers * W);
+// The tile whose corner is row r, column c, `registers` of columns: use(row, column, W elements) for all of it.
+template <int registers, class Use>
+DPK_INLINE void product_tile(const FactorRows a, const FactorRows b, int64_t depth, int64_t r, int64_t c, Use use) {
   vf sums[kTileRows][registers] = {};
   const float *own = a[0] + r, *other = b[0] + c;
   for (const float* end = own + depth * kStride; own != end; own += kStride, other += kStride) {
@@ -46,17 +44,17 @@ DPK_INLINE void product_tile(const FactorRows a, const FactorRows b, int64_t dep
 
 // All of it, or (upper) what lies on and above the diagonal and some of the rest. Rows and columns beyond the last are
 // made of what stands there, up to whole tiles.
-template <class Use, class To>
+template <class Use>
 DPK_INLINE void product_block(const FactorRows a, const FactorRows b, int64_t depth, int64_t rows, int64_t columns,
-                              bool upper, Use use, To to) {
+                              bool upper, Use use) {
   for (int64_t c = 0; c < columns; c += kTileColumns) {
     const int64_t end = upper ? at_most(rows, c + kTileColumns) : rows;
     for (int64_t r = 0; r < end; r += kTileRows) {
       const bool second = c + W < columns, first = !upper || r < c + W;
       if (first && second) {
-        product_tile<2>(a, b, depth, r, c, use, to);
+        product_tile<2>(a, b, depth, r, c, use);
       } else {
-        product_tile<1>(a, b, depth, r, first ? c : c + W, use, to);
+        product_tile<1>(a, b, depth, r, first ? c : c + W, use);
       }
     }
   }
@@ -66,7 +64,7 @@ DPK_INLINE void product_block(const FactorRows a, const FactorRows b, int64_t de
 DPK_INLINE int64_t in_tiles(int64_t count) { return at_most(count + kTileColumns, kStride); }
 
 // out[k][c] = x[k * stride + c] for k < depth, c < count, zeros beside them.
-DPK_INLINE void gather(const float* x, int64_t stride, int64_t depth, int64_t count, FactorRows out) {
+DPK_INLINE void gather_rows(const float* x, int64_t stride, int64_t depth, int64_t count, FactorRows out) {
   for (int64_t k = 0; k < depth; ++k) {
     if (count == kBlock) {
       __builtin_memcpy(out[k], x + k * stride, kBlock * sizeof(float));
@@ -114,7 +112,14 @@ DPK_INLINE void gather_turned(const float* x, int64_t stride, int64_t count, int
   }
 }
 
-DPK_INLINE void nowhere(int64_t, int64_t, int64_t) {}
+// `depth` terms, `count` elements of each: out[k][c] is element c of term k.
+DPK_INLINE void gather(const Terms& x, int64_t depth, int64_t count, FactorRows out) {
+  if (x.item == 1) {
+    gather_rows(x.at, x.term, depth, count, out);
+  } else {
+    gather_turned(x.at, x.item, count, depth, out);
+  }
+}
 
 // Add to `out` what is made, or put it there.
 DPK_INLINE auto into(ProductRows out, bool add) {
@@ -131,19 +136,18 @@ DPK_INLINE void add_rounded(int64_t* total, vf in, double factor) {
   add_rounded(total + D, dpk_load<vfd>(each + D), splat(factor));
 }
 
-void add_outer_sum(int64_t* total, int64_t total_stride, const float* left, int64_t left_stride, int64_t rows,
-                   const float* right, int64_t right_stride, int64_t columns, int64_t steps, double factor,
-                   Scratch& scratch) {
+void add_outer_sum(int64_t* total, int64_t total_stride, const Terms& left, int64_t rows, const Terms& right,
+                   int64_t columns, int64_t steps, double factor, Scratch& scratch) {
   const FactorRows a = scratch.factors[0], b = scratch.factors[1];
   const ProductRows out = scratch.products[0];
   for (int64_t t = 0; t < steps; t += kDepth) {
     const int64_t depth = at_most(steps - t, kDepth);
     const bool add = t > 0, last = t + depth == steps;
-    gather(left + t * left_stride, left_stride, depth, rows, a);
-    gather(right + t * right_stride, right_stride, depth, columns, b);
+    gather(left.from(t, 0), depth, rows, a);
+    gather(right.from(t, 0), depth, columns, b);
     const auto keep = into(out, add);
     if (!kAnyRange || !last) {
-      product_block(a, b, depth, rows, columns, false, keep, nowhere);
+      product_block(a, b, depth, rows, columns, false, keep);
       continue;
     }
     product_block(a, b, depth, rows, columns, false,
@@ -158,10 +162,6 @@ void add_outer_sum(int64_t* total, int64_t total_stride, const float* left, int6
                       dpk_store(each, made);
                       add_rounded(to, each, columns - column, factor);
                     }
-                  },
-                  [&](int64_t row, int64_t column, int64_t count) __attribute__((always_inline)) {
-                    const int64_t* to = total + row * total_stride + column;
-                    for (int64_t i = 0; row < rows && i < count; i += 8) __builtin_prefetch(to + i, 1);
                   });
   }
   if (kAnyRange) return;

@@ -106,7 +106,8 @@ PYBIND11_MODULE(_dp_bitfit_native_internals, m) {
     std::array<double, 4> sums{};
     for (int64_t first = 0; first < steps; first += dpk::kBlock) {
       const dpk::GhostSums part =
-          loops.ghost_squares(pointer<float>(left), width, width, pointer<float>(right), depth, depth, steps, first, *scratch);
+          loops.ghost_squares({pointer<float>(left), width, 1}, width, {pointer<float>(right), depth, 1}, depth, steps,
+                              first, *scratch);
       sums[0] += part.square, sums[1] += part.products, sums[2] += part.lefts, sums[3] += part.rights;
     }
     return sums;
@@ -115,8 +116,8 @@ PYBIND11_MODULE(_dp_bitfit_native_internals, m) {
   m.attr("BLOCK") = dpk::kBlock;
   m.def("add_outer_sum", [](const std::string& isa, uintptr_t total, uintptr_t left, int64_t rows, uintptr_t right,
                             int64_t columns, int64_t steps, double factor) {
-    named(isa).release->add_outer_sum(pointer<int64_t>(total), columns, pointer<float>(left), rows, rows,
-                                      pointer<float>(right), columns, columns, steps, factor,
+    named(isa).release->add_outer_sum(pointer<int64_t>(total), columns, {pointer<float>(left), rows, 1}, rows,
+                                      {pointer<float>(right), columns, 1}, columns, steps, factor,
                                       *std::make_unique<dpk::Scratch>());
   });
 
