@@ -29,11 +29,11 @@ SCHEMAS: dict[str, str] = {
     ),
     # total [P] int64 += sum over rows of floor(row * factor + 0.5)
     "clipped_sum_": "(Tensor(a!) total, Tensor rows, Tensor offsets, Tensor factors) -> ()",
-    # total [V, d] int64 at rows ids [B, T] int64 += floor(vectors * factor + 0.5), vectors [B, T, d] float32, factors [B]
-    # float64
+    # total [V, d] int64 at rows ids [B, T] int64 += floor(vectors * factor + 0.5), vectors [B, T, d] float32,
+    # factors [B] float64
     "clipped_index_sum_": "(Tensor(a!) total, Tensor ids, Tensor vectors, Tensor factors) -> ()",
-    # total [p * d] int64 += (fresh: =) sum over samples of floor(row * factor + 0.5), row = sum_t left_t right_t^T, left
-    # [B, T, p], right [B, T, d] float32, of both T or the last with unit stride, factors [B] float64
+    # total [p * d] int64 += (fresh: =) sum over samples of floor(row * factor + 0.5), row = sum_t left_t right_t^T,
+    # left [B, T, p], right [B, T, d] float32, of both T or the last with unit stride, factors [B] float64
     "clipped_outer_sum_": "(Tensor(a!) total, Tensor left, Tensor right, Tensor factors, bool fresh) -> ()",
     # left [B, T, p], right [B, T, d] likewise -> |sum_t left_t right_t^T|^2 [B] float64, and the sums over t of
     # |left_t| |right_t|, |left_t|, |right_t| [3, B] float64

@@ -130,7 +130,9 @@ class ScaleGradFunction(torch.autograd.Function):
         refuse_graph_of_rows()
         (inputs,) = saved(ctx)
         product = ctx.normed(inputs.to(torch.promote_types(inputs.dtype, torch.float32)))
-        product = product.mul_(grad) if product.dtype == torch.promote_types(product.dtype, grad.dtype) else product * grad
+        product = (
+            product.mul_(grad) if product.dtype == torch.promote_types(product.dtype, grad.dtype) else product * grad
+        )
         if ctx.kind is None:
             rows = bias_grad(product, ctx.width, ctx.channels_first, ctx.backend)
         elif ctx.channels_first:

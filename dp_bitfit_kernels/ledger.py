@@ -29,8 +29,7 @@ from .entries import Entry, grouped
 from .layers import BiasLayer
 from .weights import WeightSink, Workshop
 
-
-_IN_CACHE = 1 << 18  # elements that are made and moved at once on a CPU
+_IN_CACHE = 1 << 18  # elements of a release that are made and moved at once on a CPU
 
 
 class Contribution(Protocol):
@@ -139,18 +138,16 @@ class Ledger:
         Args:
             key, step, stream: of the op ``noisy_sum``; element n of the ledger takes block n, whatever part it is in.
         """
+        arguments = (key, step, stream)
         release: Tensor | None = None
         for first, total in self._parts():
+            noisy = self.backend.noisy_sum(total, *arguments, first, noise_std, scale)
             if len(total) == self.width:
-                release = self.backend.noisy_sum(total, key, step, stream, first, noise_std, scale)
+                release = noisy
                 continue
             if release is None:
                 release = torch.empty(self.width, dtype=torch.float32, device=self.device)
-            at_once = _IN_CACHE if self.device.type == "cpu" else max(1, len(total))
-            for start in range(0, len(total), at_once):
-                part = total[start : start + at_once]
-                noisy = self.backend.noisy_sum(part, key, step, stream, first + start, noise_std, scale)
-                release[first + start : first + start + len(part)] = noisy
+            release[first : first + len(total)] = noisy
         assert release is not None
         self.forget()
         return release if self._still is None else release.masked_fill_(self._still, 0.0)
@@ -160,7 +157,10 @@ class Ledger:
         if self.dense:
             yield 0, self.total
         for entry, own in zip(self.sunk, self._sums, strict=True):
-            yield entry.start, self._sum_of(entry) if own is None else own
+            total = self._sum_of(entry) if own is None else own
+            at_once = _IN_CACHE if self.device.type == "cpu" else len(total)
+            for start in range(0, len(total), max(1, at_once)):
+                yield entry.start + start, total[start : start + at_once]
 
     def _sum_of(self, entry: Entry) -> Tensor:
         return torch.zeros(entry.stop - entry.start, dtype=torch.int64, device=self.device)

@@ -13,8 +13,8 @@ arXiv 2210.00038, book-keeping), and no float sum over samples: the integer sum 
 * ``made``: rows are made twice, a few at a time, once for their norm and once for the sum.
 * ``ghost``: |G|^2 = sum_{s,t} (l_s . l_t)(r_s . r_t) (Goodfellow 2015; Li et al., arXiv 2110.05679): no row is made.
 
-On a CPU the sum of ``made`` and ``ghost`` rows comes from one op, ``clipped_outer_sum_``, which rounds blocks of a row as
-it makes them.
+On a CPU the sum of ``made`` and ``ghost`` rows comes from one op, ``clipped_outer_sum_``, which rounds blocks of a row
+as it makes them.
 
 **Sensitivity** stays a bound although ``made`` and ``ghost`` rows are not those that the norm was taken of. Let
 u = 2^-24, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l_t| |r_t|, n the roundings

@@ -76,20 +76,23 @@ def test_links_to_nothing_of_this_machine(module: Path) -> None:
 
 @pytest.mark.slow
 def test_wide_registers_are_used_by_the_wide_kernels_only() -> None:
-    """The module loads and runs on any x86-64: no function outside namespace avx2 names an AVX register."""
+    """The module loads and runs on any x86-64: no function outside namespaces avx2, avx512 names an AVX register."""
     module = MODULES["_C"]
     if not module.exists():
         pytest.skip("_C was not built")
     if "x86-64" not in output_of(module, "readelf", "-h").lower():
         pytest.skip("not an x86-64 build")
-    function, users = "", set()
+    function, users, widest = "", set(), set()
     for line in output_of(module, "objdump", "-d", "--no-show-raw-insn").splitlines():
         if line.endswith(">:"):
             function = line.split("<")[1][:-2]
         elif "%ymm" in line or "%zmm" in line or re.search(r"\tv[a-z0-9]+ .*%xmm", line):
             users.add(function)
-    assert users, "the avx2 kernels are missing"
-    assert not [name for name in users if "4avx2" not in name]
+            if "%zmm" in line:
+                widest.add(function)
+    assert users - widest and widest, "the avx2 or the avx512 kernels are missing"
+    assert not [name for name in users if "4avx2" not in name and "6avx512" not in name]
+    assert not [name for name in widest if "6avx512" not in name]
 
 
 def test_no_build_file_asks_for_this_machines_processor() -> None:

@@ -11,7 +11,7 @@ from dp_bitfit_kernels import backends, grams, reference
 
 pytestmark = pytest.mark.skipif(backends.unavailable("native", "cpu") is not None, reason="no compiled backend")
 
-# T, p, d: around the squares of 48, tiles of 4 and 3, depths of 384
+# T, p, d: around squares of 256, tiles of 12 or 6 rows and 32, 16 or 8 columns, depths of 128, turned blocks of 8
 SHAPES = [
     (0, 4, 4),
     (1, 1, 1),
@@ -22,11 +22,14 @@ SHAPES = [
     (48, 16, 100),
     (49, 5, 1),
     (130, 1000, 70),
+    (256, 7, 128),
+    (257, 129, 8),
+    (520, 40, 33),
 ]
 
 
 def ghost_squares(left: Tensor, right: Tensor) -> Tensor:
-    return backends.serving("native", "cpu").ghost_squares(left, right)
+    return backends.serving("native", "cpu").ghost_squares(left, right)[0]
 
 
 def factors(batch: int, steps: int, *widths: int) -> list[Tensor]:
@@ -40,8 +43,10 @@ def test_ghost_squares(shape: tuple[int, int, int]) -> None:
     left, right = factors(3, steps, *widths)
     rows = torch.bmm(left.double().transpose(1, 2), right.double())
     want = rows.square().sum((1, 2))
-    torch.testing.assert_close(reference.ghost_squares(left.double(), right.double()), want)
-    found = ghost_squares(left, right)
+    ideal, ideal_sizes = reference.ghost_squares(left, right)
+    torch.testing.assert_close(ideal, want)
+    found, sizes = backends.serving("native", "cpu").ghost_squares(left, right)
+    torch.testing.assert_close(sizes, ideal_sizes, rtol=1e-6, atol=0)
     largest = (left.double().norm(dim=2) * right.double().norm(dim=2)).sum(1)
     error = grams.gram_error(max(1, widths[0]), max(1, widths[1]), steps * steps, double=False)
     assert ((found - want).abs() <= error * largest.square()).all()
@@ -55,6 +60,15 @@ def test_any_strides_of_samples_and_terms() -> None:
     wide[:, :, 5:25] = left.transpose(0, 1)
     assert torch.equal(ghost_squares(wide[:, :, 5:25].transpose(0, 1), right), want)
     assert torch.equal(ghost_squares(left[:1].expand(4, -1, -1), right)[:1], want[:1])
+
+
+def test_terms_may_lie_side_by_side() -> None:
+    """As the windows of an image do: [B, p, T] seen as [B, T, p]."""
+    for steps, width in ((50, 20), (300, 130), (1, 5), (6, 1)):
+        left, right = factors(2, steps, width, 30)
+        turned = left.mT.contiguous().mT
+        assert torch.equal(ghost_squares(turned, right), ghost_squares(left, right))
+        assert torch.equal(ghost_squares(right, turned), ghost_squares(right, left))
 
 
 def test_a_sample_that_is_not_finite_is_alone_with_it() -> None:
@@ -79,13 +93,13 @@ def test_threads_change_no_bit() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     left, right = factors(2, 8, 4, 4)
-    doubled, turned = (left.double(), right), (left.mT, right.mT)
-    for bad in [(left, right[:1]), (left, right[:, :7]), (left[0], right), doubled, turned]:
+    doubled, wide = (left.double(), right), (left.repeat(1, 2, 2)[:, ::2, ::2], right)
+    for bad in [(left, right[:1]), (left, right[:, :7]), (left[0], right), doubled, wide]:
         with pytest.raises(RuntimeError, match="ghost_squares"):
             ghost_squares(*bad)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_width(isa: str, shape: tuple[int, int, int]) -> None:
     """Sums of other lanes, within the same bound: what fuses multiplication and addition is not asked for bits."""
@@ -95,6 +109,6 @@ def test_each_width(isa: str, shape: tuple[int, int, int]) -> None:
     steps, *widths = shape
     left, right = factors(1, steps, *widths)
     found = internals.ghost_squares(isa, left.data_ptr(), right.data_ptr(), steps, *widths)
-    torch.testing.assert_close(
-        torch.tensor(found, dtype=torch.float64), ghost_squares(left, right)[0], rtol=1e-5, atol=1e-6
-    )
+    squares, sizes = reference.ghost_squares(left, right)
+    want = torch.cat([squares, sizes[:, 0]])
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), want, rtol=1e-5, atol=1e-6)

@@ -25,7 +25,7 @@ def internals() -> ModuleType:
     return native_internals.load()
 
 
-@pytest.fixture(params=["baseline", "avx2"])
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest, internals: ModuleType) -> str:
     if request.param not in internals.isas():
         pytest.skip(f"this processor has no {request.param}")

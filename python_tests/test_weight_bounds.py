@@ -16,7 +16,7 @@ from dp_bitfit_kernels import backends
 from dp_bitfit_kernels._precision import full_precision
 from dp_bitfit_kernels.clipping import GRID, Flat
 from dp_bitfit_kernels.functional_window import Window
-from dp_bitfit_kernels.grams import gamma, gram_squares, gram_sum
+from dp_bitfit_kernels.grams import gamma, gram_squares, gram_sum, served
 from dp_bitfit_kernels.weight_uses import Convolution, Lookup, Product
 from dp_bitfit_kernels.weights import WeightSink, Workshop
 
@@ -177,6 +177,23 @@ def test_sizes_are_upper_bounds():
         assert (size * (1 + 1e-6) >= rows).all() and (size <= 40 * rows).all(), name
 
 
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_sizes_that_grams_tell_are_upper_bounds(name):
+    """And within their room: of the square of a length that float32 holds, every other one is rounded down."""
+    torch.manual_seed(0)
+    window = Window((1, 1), (1, 0), (1, 1), 1)
+    use = {
+        "linear": Product(torch.randn(500, 1, 3), torch.randn(500, 1, 5)),
+        "convolution": Convolution(torch.randn(500, 6, 2, 1), torch.randn(500, 1, 2, 2), window, (3, 2)),
+    }[name]
+    factors = use.factors(slice(0, 500))
+    assert factors is not None and served([factors])
+    _, sizes = gram_squares(factors, backends.serving("auto", "cpu"))
+    left, right = (x.double().norm(dim=3).flatten(1) for x in (factors.left, factors.right))
+    exact = torch.stack([left * right, left, right]).sum(2)
+    assert (sizes >= exact).all() and (sizes <= exact * (1 + 2e-6)).all()
+
+
 def test_grams_of_all_kinds_of_uses_together():
     """An embedding and linear layers on parts of one weight: cross terms as in the sum of their rows."""
     torch.manual_seed(0)
@@ -213,6 +230,12 @@ def test_pieces_make_the_same_sum(name, at_once):
     whole = summed(sink("mixed", shape, *uses, how="made", at_once=10**6), 1.0)
     pieces = summed(sink("mixed", shape, *uses, how="made", at_once=at_once), 1.0)
     assert whole.any() and (whole - pieces).abs().max() <= 4  # one cell a sample
+    found = []
+    for total, fresh in ((torch.zeros_like(whole), False), (torch.full_like(whole, 7), True)):
+        again = sink("mixed", shape, *uses, how="made", at_once=at_once)
+        again.add_clipped(total, torch.full((4, 1), float(GRID), dtype=torch.float64), fresh)
+        found.append(total)
+    assert torch.equal(*found)
 
 
 def test_plans_go_by_shapes():

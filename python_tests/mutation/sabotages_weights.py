@@ -40,6 +40,28 @@ WEIGHTS_ = (
         (f"{BOUNDS}::test_the_length_of_others_moves_no_factor",),
     ),
     Sabotage(
+        "lengths that float32 rounded down are no bounds",
+        "grams.py",
+        "((1.0 + (n + 8) * 2.0**-24, math.sqrt(n) * 2.0**-62) for n in (p, d))",
+        "((1.0, 0.0) for n in (p, d))",
+        (f"{BOUNDS}::test_sizes_that_grams_tell_are_upper_bounds",),
+        native=True,
+    ),
+    Sabotage(
+        "a sum made in pieces keeps the last piece",
+        "weights.py",
+        "fresh and start == 0)",
+        "fresh)",
+        (f"{BOUNDS}::test_pieces_make_the_same_sum[convolution-1]",),
+    ),
+    Sabotage(
+        "what the memory of a new sum held is released",
+        "weights.py",
+        "        if fresh and not fused:\n            total.zero_()\n",
+        "",
+        (f"{BOUNDS}::test_pieces_make_the_same_sum[embedding and linear-1]",),
+    ),
+    Sabotage(
         "a weight used twice is clipped without its cross terms",
         "grams.py",
         "        for other in factors[number:]:",
