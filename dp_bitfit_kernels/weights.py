@@ -277,7 +277,7 @@ class WeightSink:
         """``gram_sum`` of all samples, a few at a time, and their sizes [3, B] where the Grams tell."""
         terms = sum(use.terms for use in uses)
         each = max(terms * terms, terms * (self.height + self.width) // 4, 1)
-        step = max(1, self._workshop.at_once // each)
+        step = max(1, self.batch if _are_there(uses) else self._workshop.at_once // each)
         parts, sizes = [], []
         for start in range(0, self.batch, step):
             samples = slice(start, min(start + step, self.batch))
@@ -332,9 +332,8 @@ class WeightSink:
     def _add_outer(self, total: Tensor, factor: Tensor, fresh: bool) -> None:
         use = self._uses[0][0]
         # Several samples, so that what is added up is fetched once for all of them.
-        step = max(1, 4 * self._workshop.at_once // max(1, use.terms * (self.height + self.width)))
-        if isinstance(use, Product) and use.left.dtype == use.right.dtype == torch.float32:
-            step = max(1, self.batch)  # nothing is copied
+        several = 4 * self._workshop.at_once // max(1, use.terms * (self.height + self.width))
+        step = max(1, self.batch if _are_there([use]) else several)
         for start in range(0, max(1, self.batch), step):
             samples = slice(start, start + step)
             own = use.factors(samples)
@@ -354,6 +353,12 @@ class WeightSink:
         """Forget everything; backwards that come later add nothing."""
         self._open, self._rows, self._tokens, self._sum = False, None, None, None
         self._uses.clear()
+
+
+def _are_there(uses: Sequence[Use]) -> bool:
+    """Whether the factors are those of one linear layer as they lie in memory, none of them copied."""
+    (use, *others) = uses
+    return not others and isinstance(use, Product) and use.left.dtype == use.right.dtype == torch.float32
 
 
 def _of_one_kind(uses: Sequence[Use]) -> bool:
