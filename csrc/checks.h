@@ -164,15 +164,18 @@ inline void check_range(const char* op, int64_t first, int64_t count) {
         " and count = ", count, " leave the 2^35 words of one key stream");
 }
 
-// The arguments of noisy_sum.
-inline void check_noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
-                            double noise_std) {
-  constexpr const char* op = "noisy_sum";
+// The arguments of noisy_sum and noisy_sum_; release of the latter, or null.
+inline void check_noisy_sum(const char* op, const Tensor* release, const Tensor& total, const Tensor& key,
+                            const Tensor& step, int64_t stream, int64_t first, double noise_std) {
   check_stream(op, key, step, stream);
   check_contiguous(op, "total", total, key, ScalarType::Long, 1);
   check_range(op, first, total.numel());
   // Above this a float64 no longer holds noise_std * z + 0.5 to a small part of one grid cell.
   check(noise_std >= 0.0 && noise_std <= 0x1p40, op, "noise_std must lie in [0, 2^40], not ", noise_std);
+  if (release == nullptr) return;
+  check_contiguous(op, "release", *release, key, ScalarType::Float, 1);
+  check(release->numel() == total.numel(), op, "release must have one element for each of total, ", total.numel(),
+        ", not ", release->numel());
 }
 
 }  // namespace dpk

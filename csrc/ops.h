@@ -19,6 +19,8 @@ std::tuple<Tensor, Tensor> clip_factors(const Tensor& rows, const Tensor& offset
 void clipped_sum_(const Tensor& total, const Tensor& rows, const Tensor& offsets, const Tensor& factors);
 Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
                  double noise_std, double scale);
+void noisy_sum_(const Tensor& release, const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream,
+                int64_t first, double noise_std, double scale);
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64_t first, int64_t count);
 // On a CPU alone: elsewhere the libraries' products are faster.
 std::tuple<Tensor, Tensor> ghost_squares(const Tensor& left, const Tensor& right);

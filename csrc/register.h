@@ -14,6 +14,7 @@ void register_ops(Library& m) {
   m.impl("clip_factors", TORCH_BOX(&clip_factors));
   m.impl("clipped_sum_", TORCH_BOX(&clipped_sum_));
   m.impl("noisy_sum", TORCH_BOX(&noisy_sum));
+  m.impl("noisy_sum_", TORCH_BOX(&noisy_sum_));
   m.impl("random_words", TORCH_BOX(&random_words));
 }
 

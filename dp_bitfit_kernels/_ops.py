@@ -42,6 +42,11 @@ SCHEMAS: dict[str, str] = {
     "noisy_sum": (
         "(Tensor total, Tensor key, Tensor step, int stream, int first, float noise_std, float scale) -> Tensor"
     ),
+    # the same, written into release [P] float32, neighbours in memory
+    "noisy_sum_": (
+        "(Tensor(a!) release, Tensor total, Tensor key, Tensor step, int stream, int first, float noise_std, "
+        "float scale) -> ()"
+    ),
     # -> [count] int64: 64-bit words of the ChaCha20 key stream, numbers first, first + 1, ...
     "random_words": "(Tensor key, Tensor step, int stream, int first, int count) -> Tensor",
     # What follows keeps little for backward. grad is contiguous [B, R, C]; rows [B, C] (reduce 1), [B, R] (2) or [0].
@@ -116,6 +121,10 @@ def _noisy_sum_fake(
     return total.new_empty(total.shape, dtype=torch.float32)
 
 
+def _noisy_sum_into_fake(release: Tensor, total: Tensor, key: Tensor, step: Tensor, *numbers: Any) -> None:
+    check_one_device("noisy_sum_", release, total, key, step)
+
+
 def _random_words_fake(key: Tensor, step: Tensor, stream: int, first: int, count: int) -> Tensor:
     check_one_device("random_words", key, step)
     return key.new_empty((count,), dtype=torch.int64)
@@ -154,6 +163,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
         left.new_empty((*several, left.shape[0]), dtype=torch.float64) for several in ((), (3,))
     ),
     "noisy_sum": _noisy_sum_fake,
+    "noisy_sum_": _noisy_sum_into_fake,
     "random_words": _random_words_fake,
     "pack_bits": lambda mask: _packed(mask, _bytes(mask.numel())),
     "clamp_pack": lambda x, low, high, slope: (torch.empty_like(x), _packed(x, _bytes(x.numel()))),

@@ -33,6 +33,7 @@ class Backend:
     clip_factors: Callable[..., tuple[Tensor, Tensor]]
     clipped_sum_: Callable[..., None]
     noisy_sum: Callable[..., Tensor]
+    noisy_sum_: Callable[..., None]
     random_words: Callable[..., Tensor]
     pack_bits: Callable[[Tensor], Tensor]
     clamp_pack: Callable[..., tuple[Tensor, Tensor]]

@@ -29,8 +29,6 @@ from .entries import Entry, grouped
 from .layers import BiasLayer
 from .weights import WeightSink, Workshop
 
-_IN_CACHE = 1 << 18  # elements of a release that are made and moved at once on a CPU
-
 
 class Contribution(Protocol):
     """Per-sample gradients of a range of ledger columns that are known only through their norms and sums."""
@@ -136,19 +134,13 @@ class Ledger:
         """Noise on the sum of the draw, which is then forgotten -> [P] float32: scale * (S + round(noise_std z)).
 
         Args:
-            key, step, stream: of the op ``noisy_sum``; element n of the ledger takes block n, whatever part it is in.
+            key, step, stream: of the op ``noisy_sum_``; element n of the ledger takes block n, whatever part it is in.
         """
         arguments = (key, step, stream)
-        release: Tensor | None = None
+        release = torch.empty(self.width, dtype=torch.float32, device=self.device)
         for first, total in self._parts():
-            noisy = self.backend.noisy_sum(total, *arguments, first, noise_std, scale)
-            if len(total) == self.width:
-                release = noisy
-                continue
-            if release is None:
-                release = torch.empty(self.width, dtype=torch.float32, device=self.device)
-            release[first : first + len(total)] = noisy
-        assert release is not None
+            part = release[first : first + len(total)]
+            self.backend.noisy_sum_(part, total, *arguments, first, noise_std, scale)
         self.forget()
         return release if self._still is None else release.masked_fill_(self._still, 0.0)
 
@@ -157,10 +149,7 @@ class Ledger:
         if self.dense:
             yield 0, self.total
         for entry, own in zip(self.sunk, self._sums, strict=True):
-            total = self._sum_of(entry) if own is None else own
-            at_once = _IN_CACHE if self.device.type == "cpu" else len(total)
-            for start in range(0, len(total), max(1, at_once)):
-                yield entry.start + start, total[start : start + at_once]
+            yield entry.start, self._sum_of(entry) if own is None else own
 
     def _sum_of(self, entry: Entry) -> Tensor:
         return torch.zeros(entry.stop - entry.start, dtype=torch.int64, device=self.device)

@@ -321,6 +321,26 @@ def noisy_sum(
     return released
 
 
+def noisy_sum_(
+    release: Tensor,
+    total: Tensor,
+    key: Tensor,
+    step: Tensor,
+    stream: int,
+    first: int,
+    noise_std: float,
+    scale: float,
+) -> None:
+    """As :func:`noisy_sum`, written into ``release`` [P] float32, neighbours in memory."""
+    check_one_device("noisy_sum_", release, total, key, step)
+    if release.dtype != torch.float32 or release.shape != total.shape or not release.is_contiguous():
+        raise OpError(
+            f"noisy_sum_: release must be contiguous float32 {list(total.shape)}, got {release.dtype} "
+            f"{list(release.shape)} with strides {list(release.stride())}"
+        )
+    release.copy_(noisy_sum(total, key, step, stream, first, noise_std, scale))
+
+
 def standard_normal(key: Tensor, step: Tensor, stream: int, first: int, count: int) -> Tensor:
     """Standard normals with global indices ``first`` to ``first + count - 1`` -> [count] float64.
 

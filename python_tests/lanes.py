@@ -92,15 +92,17 @@ class CudaSource:
             *(offsets.data_ptr(), factors.data_ptr(), len(offsets) - 1),
         )
 
-    def noisy_sum(self, total, key, step, stream, first, noise_std, scale):  # type: ignore[no-untyped-def]
-        count = len(total)
-        out = torch.full((count + 2,), float("nan"))
+    def noisy_sum(self, total, *arguments):  # type: ignore[no-untyped-def]
+        out = torch.full((len(total) + 2,), float("nan"))
+        self.noisy_sum_(out[: len(total)], total, *arguments)
+        assert out[len(total) :].isnan().all()
+        return out[: len(total)]
+
+    def noisy_sum_(self, release, total, key, step, stream, first, noise_std, scale):  # type: ignore[no-untyped-def]
         self.native.cuda_noisy_sum(
             *(total.data_ptr(), key.data_ptr(), step.data_ptr()),
-            *(stream, first, count, noise_std, scale, out.data_ptr()),
+            *(stream, first, len(total), noise_std, scale, release.data_ptr()),
         )
-        assert out[count:].isnan().all()
-        return out[:count]
 
     def random_words(self, key: Tensor, step: Tensor, stream: int, first: int, count: int) -> Tensor:
         out = torch.full((count + 1,), -1, dtype=torch.int64)

@@ -33,7 +33,7 @@ class Keep(torch.optim.Optimizer):
 
 @dataclasses.dataclass
 class NoiseCall:
-    """What one release asked of ``noisy_sum``."""
+    """What one release asked of ``noisy_sum_``."""
 
     total: Tensor  # [P] int64, before the noise
     key: Tensor
@@ -75,13 +75,13 @@ class Probe:
         self.session = self.engine._session
         self.ledger = self.session.ledger
         self.calls: list[NoiseCall] = []
-        real = self.ledger.backend.noisy_sum
+        real = self.ledger.backend.noisy_sum_
 
-        def spy(total, key, step, stream, first, noise_std, scale):
+        def spy(release, total, key, step, stream, first, noise_std, scale):
             self.calls.append(NoiseCall(total.clone(), key, int(step), stream, first, noise_std, scale))
-            return real(total, key, step, stream, first, noise_std, scale)
+            real(release, total, key, step, stream, first, noise_std, scale)
 
-        self.ledger.backend = dataclasses.replace(self.ledger.backend, noisy_sum=spy)
+        self.ledger.backend = dataclasses.replace(self.ledger.backend, noisy_sum_=spy)
         self._draw = 1000
 
     def part(self, batch: Any, loss: Callable[[Any], Tensor], mask: Tensor | None, part: int, parts: int) -> bool:

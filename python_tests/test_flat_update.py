@@ -211,6 +211,7 @@ def test_operations_of_a_step_do_not_grow_with_the_number_of_biases(layers: int)
         "clip_factors",
         "clipped_sum_",
         "copy_",  # Adam's counter, to where the user's state has it
-        "noisy_sum",
+        "empty",  # the release
+        "noisy_sum_",
         "zero_",  # the sum, once it was released
     ]

@@ -274,6 +274,21 @@ def test_noisy_sum(lane: Lane, first: int, count: int, noise_std: float) -> None
     assert torch.equal(lane("noisy_sum", *arguments), reference.noisy_sum(*arguments))
 
 
+@pytest.mark.parametrize(("first", "begin", "count"), [(0, 0, 4096), (16, 8, 64), (3, 1, 1000), (8, 3, 24), (0, 5, 0)])
+def test_noisy_sum_into_a_part(lane: Lane, first: int, begin: int, count: int) -> None:
+    """The same bits, wherever the part lies, and nothing beside it."""
+    total = torch.randint(-(2**50), 2**50, (count,), generator=torch.Generator().manual_seed(7))
+    arguments = (KEY, STEP, 5, first, 2.0**20, 1.0 / 3.0e6)
+    release = lane.put(torch.full((begin + count + 7,), 3.0))
+    lane("noisy_sum_", release[begin : begin + count], total, *arguments)
+    want = torch.full((begin + count + 7,), 3.0)
+    want[begin : begin + count] = reference.noisy_sum(total, *arguments)
+    assert torch.equal(release.cpu(), want)
+    into = torch.full_like(want, 3.0)
+    reference.noisy_sum_(into[begin : begin + count], total, *arguments)
+    assert torch.equal(into, want)
+
+
 def test_any_slice_of_the_noise_can_be_drawn_on_its_own(lane: Lane) -> None:
     total = torch.zeros(1000, dtype=torch.int64)
     whole = lane("noisy_sum", total, KEY, STEP, 0, 0, 1e6, 1.0)

@@ -46,6 +46,9 @@ BAD_CALLS = {
     "noise past the counter": ("noisy_sum", TOTAL, KEY, STEP, 0, 2**35 - 3, 1.0, 1.0),
     "negative noise": ("noisy_sum", TOTAL, KEY, STEP, 0, 0, -1.0, 1.0),
     "noise of NaN": ("noisy_sum", TOTAL, KEY, STEP, 0, 0, float("nan"), 1.0),
+    "release of float64": ("noisy_sum_", TOTAL.double(), TOTAL, KEY, STEP, 0, 0, 1.0, 1.0),
+    "release too short": ("noisy_sum_", TOTAL.float()[:3], TOTAL, KEY, STEP, 0, 0, 1.0, 1.0),
+    "release with gaps": ("noisy_sum_", TOTAL.float().repeat(2)[::2], TOTAL, KEY, STEP, 0, 0, 1.0, 1.0),
     "float total": ("noisy_sum", TOTAL.float(), KEY, STEP, 0, 0, 1.0, 1.0),
 }
 
@@ -64,6 +67,7 @@ GOOD_CALLS = {
     "clip_factors": (ROWS, OFFSETS, MASK, ONE, ONE, FACTORS, 1.0, None),
     "clipped_sum_": (TOTAL, ROWS, OFFSETS, FACTORS),
     "noisy_sum": (TOTAL, KEY, STEP, 0, 0, 1.0, 1.0),
+    "noisy_sum_": (TOTAL.float(), TOTAL, KEY, STEP, 0, 0, 1.0, 1.0),
     "random_words": (KEY, STEP, 0, 0, 1),
 }
 

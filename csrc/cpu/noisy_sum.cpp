@@ -45,18 +45,17 @@ Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64
   return result;
 }
 
-Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
-                 double noise_std, double scale) {
-  check_noisy_sum(total, key, step, stream, first, noise_std);
+namespace {
+
+void write_noisy_sum(float* out, const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream,
+                     int64_t first, double noise_std, double scale) {
   const ChaChaInput input = chacha_input(key, step, stream);
   const int64_t count = total.numel();
-  Tensor result = empty_beside(total, {count}, ScalarType::Float);
-  if (count == 0) return result;
+  if (count == 0) return;
   const int64_t* in = total.const_data_ptr<int64_t>();
-  float* out = result.mutable_data_ptr<float>();
   if (noise_std == 0.0) {
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(static_cast<double>(in[i]) * scale);
-    return result;
+    return;
   }
   const ReleaseKernels& loops = *kernels().release;
   for_key_stream<double>(
@@ -65,7 +64,22 @@ Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int
       [&](const double* z, int64_t at, int64_t pieces) {
         loops.add_noise(out + at, in + at, z, pieces, noise_std, scale);
       });
+}
+
+}  // namespace
+
+Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
+                 double noise_std, double scale) {
+  check_noisy_sum("noisy_sum", nullptr, total, key, step, stream, first, noise_std);
+  Tensor result = empty_beside(total, {total.numel()}, ScalarType::Float);
+  write_noisy_sum(result.mutable_data_ptr<float>(), total, key, step, stream, first, noise_std, scale);
   return result;
+}
+
+void noisy_sum_(const Tensor& release, const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream,
+                int64_t first, double noise_std, double scale) {
+  check_noisy_sum("noisy_sum_", &release, total, key, step, stream, first, noise_std);
+  write_noisy_sum(release.mutable_data_ptr<float>(), total, key, step, stream, first, noise_std, scale);
 }
 
 }  // namespace dpk

@@ -25,17 +25,32 @@ Tensor random_words(const Tensor& key, const Tensor& step, int64_t stream, int64
   return result;
 }
 
+namespace {
+
+void write_noisy_sum(const char* op, float* out, const Tensor& total, const Tensor& key, const Tensor& step,
+                     int64_t stream, int64_t first, double noise_std, double scale) {
+  const int64_t count = total.numel();
+  if (count == 0) return;
+  const cuda::NoiseArguments a{stream_of(key, step, stream, first, count), total.const_data_ptr<int64_t>(), out,
+                               noise_std, scale};
+  const cuda::OnDeviceOf device(total);
+  cuda::launch(op, cuda::noisy_sum_kernel_for(a), cuda::blocks_of(a), cuda::kNoiseThreads, device, a);
+}
+
+}  // namespace
+
 Tensor noisy_sum(const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream, int64_t first,
                  double noise_std, double scale) {
-  check_noisy_sum(total, key, step, stream, first, noise_std);
-  const int64_t count = total.numel();
-  const Tensor result = empty_beside(total, {count}, ScalarType::Float);
-  if (count == 0) return result;
-  const cuda::NoiseArguments a{stream_of(key, step, stream, first, count), total.const_data_ptr<int64_t>(),
-                               result.mutable_data_ptr<float>(), noise_std, scale};
-  const cuda::OnDeviceOf device(total);
-  cuda::launch("noisy_sum", cuda::noisy_sum_kernel_for(a), cuda::blocks_of(a), cuda::kNoiseThreads, device, a);
+  check_noisy_sum("noisy_sum", nullptr, total, key, step, stream, first, noise_std);
+  const Tensor result = empty_beside(total, {total.numel()}, ScalarType::Float);
+  write_noisy_sum("noisy_sum", result.mutable_data_ptr<float>(), total, key, step, stream, first, noise_std, scale);
   return result;
+}
+
+void noisy_sum_(const Tensor& release, const Tensor& total, const Tensor& key, const Tensor& step, int64_t stream,
+                int64_t first, double noise_std, double scale) {
+  check_noisy_sum("noisy_sum_", &release, total, key, step, stream, first, noise_std);
+  write_noisy_sum("noisy_sum_", release.mutable_data_ptr<float>(), total, key, step, stream, first, noise_std, scale);
 }
 
 }  // namespace dpk

@@ -11,7 +11,7 @@ from dp_bitfit_kernels.kernels.activation import slope_pack
 from dp_bitfit_kernels.kernels.bias_grad import bias_grad, bias_grad_
 from dp_bitfit_kernels.kernels.clip_factors import clip_factors
 from dp_bitfit_kernels.kernels.clipped_sum import clipped_sum_
-from dp_bitfit_kernels.kernels.noisy_sum import noisy_sum
+from dp_bitfit_kernels.kernels.noisy_sum import noisy_sum, noisy_sum_
 from dp_bitfit_kernels.kernels.norm_grad import group_norm_grad, layer_norm_grad, quantize_norm
 from dp_bitfit_kernels.kernels.packed import clamp_pack, clamp_pack_, level_pack, pack_bits
 from dp_bitfit_kernels.kernels.random_words import random_words
@@ -32,6 +32,7 @@ __all__ = [
     "level_pack",
     "level_scale",
     "noisy_sum",
+    "noisy_sum_",
     "pack_bits",
     "quantize_norm",
     "random_words",

@@ -131,29 +131,59 @@ def noisy_sum(
     z are standard normals from the ChaCha20 stream of ``key`` [8] int32 and ``step`` [1] int64; element j is number
     ``first + j`` of the stream.
     """
-    count = total.numel()
-    check_tensor("noisy_sum", "total", total, torch.int64, (count,), key)
-    check_stream("noisy_sum", key, step, stream, first, count)
-    if not 0.0 <= noise_std <= NOISE_STD_LIMIT:
-        raise OpError(f"noisy_sum: noise_std must lie in [0, 2^40], got {noise_std}")
-    block, skew, programs = plan_words(first, count)
-    out = torch.empty((count,), dtype=torch.float32, device=total.device)
-    if count > 0:
-        with on_device_of(total):
-            noisy_sum_kernel[(programs,)](
-                total,
-                key,
-                step,
-                out,
-                stream,
-                block,
-                skew,
-                count,
-                float(noise_std),
-                float(scale),
-                ALIGN=alignment(out.element_size(), count),
-                BLOCK=BLOCKS,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
+    out = torch.empty((total.numel(),), dtype=torch.float32, device=total.device)
+    _write("noisy_sum", out, total, key, step, stream, first, noise_std, scale)
     return out
+
+
+def noisy_sum_(
+    release: Tensor,
+    total: Tensor,
+    key: Tensor,
+    step: Tensor,
+    stream: int,
+    first: int,
+    noise_std: float,
+    scale: float,
+) -> None:
+    """As :func:`noisy_sum`, written into ``release`` [P] float32, neighbours in memory."""
+    check_tensor("noisy_sum_", "release", release, torch.float32, (total.numel(),), total)
+    _write("noisy_sum_", release, total, key, step, stream, first, noise_std, scale)
+
+
+def _write(
+    op: str,
+    out: Tensor,
+    total: Tensor,
+    key: Tensor,
+    step: Tensor,
+    stream: int,
+    first: int,
+    noise_std: float,
+    scale: float,
+) -> None:
+    count = total.numel()
+    check_tensor(op, "total", total, torch.int64, (count,), key)
+    check_stream(op, key, step, stream, first, count)
+    if not 0.0 <= noise_std <= NOISE_STD_LIMIT:
+        raise OpError(f"{op}: noise_std must lie in [0, 2^40], got {noise_std}")
+    if count == 0:
+        return
+    block, skew, programs = plan_words(first, count)
+    with on_device_of(total):
+        noisy_sum_kernel[(programs,)](
+            total,
+            key,
+            step,
+            out,
+            stream,
+            block,
+            skew,
+            count,
+            float(noise_std),
+            float(scale),
+            ALIGN=alignment(out.element_size(), count),
+            BLOCK=BLOCKS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

@@ -85,15 +85,15 @@ WEIGHTS_ = (
     Sabotage(
         "weights without rows get no noise",
         "ledger.py",
-        "noisy = self.backend.noisy_sum(total, *arguments, first, noise_std, scale)",
-        "noisy = self.backend.noisy_sum(total, *arguments, first, noise_std if first == 0 else 0.0, scale)",
+        "self.backend.noisy_sum_(part, total, *arguments, first, noise_std, scale)",
+        "self.backend.noisy_sum_(part, total, *arguments, first, noise_std if first == 0 else 0.0, scale)",
         (f"{REFUSED}::test_noise_reaches_every_element_of_a_weight",),
     ),
     Sabotage(
         "weights without rows share the noise of the rest",
         "ledger.py",
-        "noisy = self.backend.noisy_sum(total, *arguments, first, noise_std, scale)",
-        "noisy = self.backend.noisy_sum(total, *arguments, 0, noise_std, scale)",
+        "self.backend.noisy_sum_(part, total, *arguments, first, noise_std, scale)",
+        "self.backend.noisy_sum_(part, total, *arguments, 0, noise_std, scale)",
         (f"{REFUSED}::test_noise_reaches_every_element_of_a_weight",),
     ),
     Sabotage(
