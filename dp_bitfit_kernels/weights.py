@@ -314,7 +314,8 @@ class WeightSink:
                 table = total.view(self.height, self.width)
                 self._workshop.add_at(table, ids[samples], vectors[samples], factor[samples, 0])
         elif fused:
-            self._add_outer(total, factor[:, 0], fresh)
+            with full_precision():
+                self._add_outer(total, factor[:, 0], fresh)
         elif self._uses:
             with full_precision():
                 for samples, part, rows in self._made():

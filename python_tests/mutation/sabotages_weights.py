@@ -17,6 +17,7 @@ WEIGHTS_ = (
         "(found + room * largest.square()).sqrt()",
         "found.clamp(min=0.0).sqrt()",
         (f"{BOUNDS}::test_no_ghost_norm_is_below_the_exact_one",),
+        native=True,
     ),
     Sabotage(
         "a Gram of minus infinity counts as nothing",
