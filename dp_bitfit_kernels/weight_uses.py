@@ -20,7 +20,7 @@ from .grams import Factors, wide
 
 # Convolutions on a CPU: elements of a sample's gradient up to which the samples go through one call, and positions up
 # to which a matrix product beats a convolution.
-_SMALL, _FEW = 1 << 16, 128
+_SMALL, FEW = 1 << 16, 128
 CHAIN = 512  # terms that are added in float32 before the sum goes on from the next ones: what bounds their rounding
 
 
@@ -196,7 +196,7 @@ class Convolution:
             input = input.reshape(1, batch * input.shape[1], *input.shape[2:])
             made = self._weight_grad(grad, input, (batch * p, *shape[1:]), batch * groups)
             return made.reshape(batch, p, -1)[:, part].float()
-        flat = groups == 1 and len(shape) == 4 and self.terms <= _FEW
+        flat = groups == 1 and len(shape) == 4 and self.terms <= FEW
         rows = grad.new_empty((batch, p, math.prod(shape[1:])))
         for i in range(batch):
             one, of = grad[i : i + 1], input[i : i + 1]

@@ -13,8 +13,8 @@ arXiv 2210.00038, book-keeping), and no float sum over samples: the integer sum 
 * ``made``: rows are made twice, a few at a time, once for their norm and once for the sum.
 * ``ghost``: |G|^2 = sum_{s,t} (l_s . l_t)(r_s . r_t) (Goodfellow 2015; Li et al., arXiv 2110.05679): no row is made.
 
-On a CPU the sum of ``made`` and ``ghost`` rows comes from one op, ``clipped_outer_sum_``, which rounds blocks of a row
-as it makes them.
+On a CPU ``made`` and ``ghost`` rows of a layer that is called once, linear or a convolution of small images without
+groups, are summed by one op, ``clipped_outer_sum_``, which rounds blocks of a row as it makes them (``_fused``).
 
 **Sensitivity** stays a bound although ``made`` and ``ghost`` rows are not those that the norm was taken of. Let
 u = 2^-24, G = sum_t l_t r_t^T exactly for the factors as they are, M = sum_t |l_t| |r_t|, n the roundings
@@ -32,7 +32,8 @@ The norm given is sqrt(N'^2 + e M^2) + 2 gamma_n M for all of them, so a row ent
 to 512 tokens, since the plan goes by T: were the longest text of a batch to change the room that is left, it would
 change the factors of all others. (Images of a batch have one size, which none of them decides: norms of kept rows of
 convolutions, and of rows that are kept since the bound would be dear, are those of their bits.) M is computed in
-float64 of upper bounds of lengths, and enlarged by 2^-40. Assumed of the libraries: that products and sums are rounded
+float64 of upper bounds of lengths (which Grams hold, too), and enlarged by 2^-40. Assumed of the libraries: that products
+and sums are rounded
 to float32 or better, in any order. Lower modes (TF32, bfloat16) are switched off around them. Where, by its shape, the
 bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), Grams are made in float64 and
 rows ``kept``.
@@ -53,10 +54,10 @@ from ._validate import EngineError
 from .backends import Backend
 from .clipping import GRID
 from .grams import gamma, gram_error, gram_floor, gram_squares, gram_sum, served, side_by_side
-from .weight_uses import Convolution, Lookup, Product, Use, float32_rows
+from .weight_uses import FEW, Convolution, Lookup, Product, Use, float32_rows
 
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
-_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
+_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
 _DEAR = 0.01  # the largest part of a norm that the bound may cost
 _LONGEST = 1 << 16  # terms up to which sums of 128 terms, added up, stay below ``Product.chain``
 _INFLATED = 1.0 + 2.0**-40
@@ -176,9 +177,9 @@ class WeightSink:
             return "ghost"
         if size <= use.worth * use.held or self._is_dear(use):
             return "kept"
-        # An operation on Grams beside one on rows: on a CPU an op makes them.
-        dear = 4.0 if self._in_double(terms) else 0.75 if self._workshop.device.type == "cpu" else 1.25
-        return "ghost" if dear * terms * (self.height + self.width) < size else "made"
+        served = self._fused(use) or (isinstance(use, Product) and self._workshop.device.type == "cpu")  # by an op
+        dear = 4.0 if self._in_double(terms) else 0.75 if served else 1.25  # an operation on Grams beside one on rows
+        return "ghost" if dear * terms * (self.height + use.groups * self.width) < size else "made"
 
     def _is_dear(self, use: Use) -> bool:
         """Whether the bound costs more than 1 % of a norm where M / |G| is sqrt(T)."""
@@ -326,14 +327,15 @@ class WeightSink:
         """Whether its rows are made and rounded by one op, block by block: on other devices libraries are faster."""
         if self._workshop.device.type != "cpu" or use.terms > _LONGEST:
             return False
-        if isinstance(use, Convolution):
-            return use.groups == 1 and len(use.kernel) <= 2 and float32_rows(use.grad, use.input)
+        if isinstance(use, Convolution):  # of larger images the windows, copied, are more than its rows are worth
+            small = use.groups == 1 and len(use.kernel) <= 2 and use.terms <= FEW
+            return small and float32_rows(use.grad, use.input)
         return isinstance(use, Product) and use.left.shape[2] == self.height and float32_rows(use.left, use.right)
 
     def _add_outer(self, total: Tensor, factor: Tensor, fresh: bool) -> None:
         use = self._uses[0][0]
         # Several samples, so that what is added up is fetched once for all of them.
-        several = 4 * self._workshop.at_once // max(1, use.terms * (self.height + self.width))
+        several = self._workshop.at_once // max(1, use.terms * (self.height + self.width))
         step = max(1, self.batch if _are_there([use]) else several)
         for start in range(0, max(1, self.batch), step):
             samples = slice(start, start + step)
