@@ -32,11 +32,10 @@ The norm given is sqrt(N'^2 + e M^2) + 2 gamma_n M for all of them, so a row ent
 to 512 tokens, since the plan goes by T: were the longest text of a batch to change the room that is left, it would
 change the factors of all others. (Images of a batch have one size, which none of them decides: norms of kept rows of
 convolutions, and of rows that are kept since the bound would be dear, are those of their bits.) M is computed in
-float64 of upper bounds of lengths (which Grams hold, too), and enlarged by 2^-40. Assumed of the libraries: that products
-and sums are rounded
-to float32 or better, in any order. Lower modes (TF32, bfloat16) are switched off around them. Where, by its shape, the
-bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), Grams are made in float64 and
-rows ``kept``.
+float64 of upper bounds of lengths (which Grams hold, too), and enlarged by 2^-40. Assumed of the libraries: that
+products and sums are rounded to float32 or better, in any order. Lower modes (TF32, bfloat16) are switched off around
+them. Where, by its shape, the bound would cost more than 1 % of a typical sample's norm (M / |G| near sqrt(T)), Grams
+are made in float64 and rows ``kept``.
 """
 
 from __future__ import annotations
