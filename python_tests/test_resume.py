@@ -217,7 +217,7 @@ def test_history_is_on_disk_before_the_noise(tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("no noise today")
 
-    object.__setattr__(engine._session.ledger.backend, "noisy_sum", fail)
+    object.__setattr__(engine._session.ledger.backend, "noisy_sum_", fail)
     try:
         with pytest.raises(RuntimeError, match="no noise"):
             optimizer.step()
