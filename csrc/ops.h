@@ -27,6 +27,7 @@ std::tuple<Tensor, Tensor> ghost_squares(const Tensor& left, const Tensor& right
 void clipped_index_sum_(const Tensor& total, const Tensor& ids, const Tensor& vectors, const Tensor& factors);
 void clipped_outer_sum_(const Tensor& total, const Tensor& left, const Tensor& right, const Tensor& factors,
                         bool fresh);
+Tensor scale_grad(const Tensor& grad, const Tensor& x, double eps, bool centered);
 
 // What keeps little for backward.
 Tensor pack_bits(const Tensor& mask);

@@ -38,6 +38,8 @@ SCHEMAS: dict[str, str] = {
     # left [B, T, p], right [B, T, d] likewise -> |sum_t left_t right_t^T|^2 [B] float64, and the sums over t of
     # |left_t| |right_t|, |left_t|, |right_t| [3, B] float64
     "ghost_squares": "(Tensor left, Tensor right) -> (Tensor, Tensor)",
+    # grad, x [B, T, p] of one dtype; contiguous; -> rows [B, p], for CPUs alone
+    "scale_grad": "(Tensor grad, Tensor x, float eps, bool centered) -> Tensor",
     # total [P] int64, key [8] int32, step [1] int64; -> [P] float32
     "noisy_sum": (
         "(Tensor total, Tensor key, Tensor step, int stream, int first, float noise_std, float scale) -> Tensor"
@@ -162,6 +164,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "ghost_squares": lambda left, right: tuple(
         left.new_empty((*several, left.shape[0]), dtype=torch.float64) for several in ((), (3,))
     ),
+    "scale_grad": lambda grad, x, eps, centered: _bias_grad_fake(grad),
     "noisy_sum": _noisy_sum_fake,
     "noisy_sum_": _noisy_sum_into_fake,
     "random_words": _random_words_fake,

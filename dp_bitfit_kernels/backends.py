@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension, _ops, reference, reference_backward
+from . import _extension, _ops, reference, reference_backward, reference_weights
 from ._validate import BackendError
 
 NAMES = ("auto", "reference", "native", "triton")
@@ -49,9 +49,10 @@ class Backend:
     group_norm_grad: Callable[..., tuple[Tensor, Tensor]]
     affine_grad: Callable[..., tuple[Tensor, Tensor]]
     # Compiled for CPUs alone: elsewhere these do, of which ``weights`` asks for the sums by numbers only.
-    clipped_index_sum_: Callable[..., None] = reference.clipped_index_sum_
-    clipped_outer_sum_: Callable[..., None] = reference.clipped_outer_sum_
-    ghost_squares: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = reference.ghost_squares
+    clipped_index_sum_: Callable[..., None] = reference_weights.clipped_index_sum_
+    clipped_outer_sum_: Callable[..., None] = reference_weights.clipped_outer_sum_
+    ghost_squares: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = reference_weights.ghost_squares
+    scale_grad: Callable[..., Tensor] = reference_weights.scale_grad
 
 
 def _from(name: str, *sources: Any) -> Backend:
@@ -80,7 +81,7 @@ def unavailable(name: str, device_type: str) -> str | None:
 @cache
 def _backend(name: str) -> Backend:
     if name == "reference":
-        return _from(name, reference, reference_backward)
+        return _from(name, reference, reference_backward, reference_weights)
     if name == "native":
         return _from_dispatcher()
     return _from(name, importlib.import_module("dp_bitfit_kernels.kernels"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._backward import saved
+from ._backward import saved, serving
 from ._validate import EngineError
 from .arrangement import by_sample, fold
 from .functional import apply, bias_grad, pass_on, refuse_graph_of_rows
@@ -105,7 +105,8 @@ class WeightRowsFunction(torch.autograd.Function):
 class ScaleGradFunction(torch.autograd.Function):
     """Identity on the ``output`` of a norm; the backward gives its scale the rows sum_t grad * normed(inputs), [B, p].
 
-    normed: the norm without scale and shift. kind: where ``output`` holds the samples; None: one row each.
+    normed: the norm without scale and shift; over_last: its eps, and whether it subtracts the mean, where it is one
+    over the last dimensions. kind: where ``output`` holds the samples; None: one row each.
     """
 
     @staticmethod
@@ -115,13 +116,15 @@ class ScaleGradFunction(torch.autograd.Function):
         inputs: Tensor,
         rows: Tensor,
         normed: Callable[[Tensor], Tensor],
+        over_last: tuple[float, bool] | None,
         channels_first: bool,
         kind: str | None,
         layer: str,
         backend: str,
     ) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.normed, ctx.channels_first, ctx.kind, ctx.layer, ctx.backend = normed, channels_first, kind, layer, backend
+        ctx.normed, ctx.over_last = normed, over_last
+        ctx.channels_first, ctx.kind, ctx.layer, ctx.backend = channels_first, kind, layer, backend
         ctx.batch, ctx.width = rows.shape
         return pass_on(output)
 
@@ -129,14 +132,20 @@ class ScaleGradFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_graph_of_rows()
         (inputs,) = saved(ctx)
-        product = ctx.normed(inputs.to(torch.promote_types(inputs.dtype, torch.float32)))
-        product = (
-            product.mul_(grad) if product.dtype == torch.promote_types(product.dtype, grad.dtype) else product * grad
+        rows = _scale_rows(ctx, grad, inputs)
+        return grad, None, rows, *(None,) * 6
+
+
+def _scale_rows(ctx: Any, grad: Tensor, inputs: Tensor) -> Tensor:
+    if ctx.over_last is not None and ctx.kind is None and grad.device.type == "cpu" and grad.dtype == inputs.dtype:
+        shape = (ctx.batch, grad.numel() // max(1, ctx.batch * ctx.width), ctx.width)
+        return serving(ctx.backend, grad).scale_grad(
+            *(x.contiguous().view(shape) for x in (grad, inputs)), *ctx.over_last
         )
-        if ctx.kind is None:
-            rows = bias_grad(product, ctx.width, ctx.channels_first, ctx.backend)
-        elif ctx.channels_first:
-            rows = fold(bias_grad(product, ctx.width, True, ctx.backend), ctx.kind, ctx.batch)
-        else:
-            rows = bias_grad(by_sample(product, ctx.kind, ctx.batch), ctx.width, False, ctx.backend)
-        return grad, None, rows, *(None,) * 5
+    product = ctx.normed(inputs.to(torch.promote_types(inputs.dtype, torch.float32)))
+    product = product.mul_(grad) if product.dtype == torch.promote_types(product.dtype, grad.dtype) else product * grad
+    if ctx.kind is None:
+        return bias_grad(product, ctx.width, ctx.channels_first, ctx.backend)
+    if ctx.channels_first:
+        return fold(bias_grad(product, ctx.width, True, ctx.backend), ctx.kind, ctx.batch)
+    return bias_grad(by_sample(product, ctx.kind, ctx.batch), ctx.width, False, ctx.backend)

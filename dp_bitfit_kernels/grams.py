@@ -43,14 +43,14 @@ def gram_error(height: int, width: int, pairs: int, double: bool) -> float:
     return first + second + first * second
 
 
-def gram_floor(height: int, width: int, pairs: int, lefts: Tensor, rights: Tensor) -> Tensor:
-    """What underflow can take from the norm besides; lefts, rights [B] float64: sums of |l_t| and |r_t|.
+def gram_floor(height: int, width: int, pairs: int) -> tuple[float, float, float]:
+    """(a, b, c): underflow can take a sum_t |l_t| + b sum_t |r_t| + c from the norm besides.
 
     A product below 2^-126 may be flushed to zero: l_s . l_t is off by p 2^-126, which r_s . r_t multiplies, and the
     other way round, and the product of both by 2^-126. Summed over s and t, and the root taken.
     """
     rest = math.sqrt(pairs) * (1.0 + 2.0**-62 * math.sqrt(height * width))
-    return 2.0**-62 * (math.sqrt(height) * rights + math.sqrt(width) * lefts + rest)
+    return 2.0**-62 * math.sqrt(width), 2.0**-62 * math.sqrt(height), 2.0**-62 * rest
 
 
 @dataclass(frozen=True)

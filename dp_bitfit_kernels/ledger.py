@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import clipping
+from ._precision import full_precision
 from ._validate import EngineError
 from .backends import Backend
 from .entries import Entry, grouped
@@ -336,10 +337,11 @@ class Ledger:
         for contribution in slab.contributions:
             squares = contribution.squared_norms()
             extra = squares if extra is None else extra + squares
-        for sink in slab.sinks:
-            if extra is None:
-                extra = torch.zeros((len(slab.mask), len(plan.bounds)), dtype=torch.float64, device=self.device)
-            extra[:, sink.group] += sink.squares()
+        with full_precision():
+            for sink in slab.sinks:
+                if extra is None:
+                    extra = torch.zeros((len(slab.mask), len(plan.bounds)), dtype=torch.float64, device=self.device)
+                extra[:, sink.group] += sink.squares()
         factors, norms = self.backend.clip_factors(
             slab.rows, self._offsets, slab.mask, self._bounds, self._grid, extra, scale, plan.gamma
         )
@@ -353,6 +355,12 @@ class Ledger:
             for sink in slab.sinks:
                 sink.weigh(weights)
             again(weights)
+        with full_precision():
+            self._add_sunk(slab, factors)
+        slab.contributions.clear()
+        self.close()
+
+    def _add_sunk(self, slab: _Slab, factors: Tensor) -> None:
         # Those first that give most memory back, for the sums of the others.
         for number in sorted(range(len(slab.sinks)), key=lambda number: slab.sinks[number].balance):
             own = self._sums[number]
@@ -362,8 +370,6 @@ class Ledger:
                 own = torch.empty(entry.stop - entry.start, dtype=torch.int64, device=self.device)
                 self._sums[number] = own
             slab.sinks[number].add_clipped(own, factors, fresh)
-        slab.contributions.clear()
-        self.close()
 
     def free(self) -> None:
         """Give the memory of the rows and of the sum back for good, whoever still holds a graph with a leaf of them."""

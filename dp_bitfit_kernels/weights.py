@@ -47,7 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference_weights
 from ._precision import full_precision
 from ._validate import EngineError
 from .backends import Backend
@@ -57,6 +57,7 @@ from .weight_uses import FEW, Convolution, Lookup, Product, Use, float32_rows
 
 PER_SAMPLE_NORMS = ("mixed", "ghost", "instantiate")
 _AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of rows or of a Gram matrix that are made at a time
+_FRESH = 1 << 15  # elements of a sum that are zeroed and added to at a time
 _DEAR = 0.01  # the largest part of a norm that the bound may cost
 _LONGEST = 1 << 16  # terms up to which sums of 128 terms, added up, stay below ``Product.chain``
 _INFLATED = 1.0 + 2.0**-40
@@ -88,13 +89,21 @@ class Workshop:
         _, norms = self.backend.clip_factors(rows, *arguments, None, 1.0, None)
         return norms[:, 0].square()
 
-    def add(self, total: Tensor, rows: Tensor, factors: Tensor) -> None:
-        """total [n] int64 += sum_i round(factors_i rows_i), rows [b, n] float32, factors [b, 1] float64."""
-        self.backend.clipped_sum_(total, rows, self.offsets(rows.shape[1]), factors)
+    def add(self, total: Tensor, rows: Tensor, factors: Tensor, fresh: bool = False) -> None:
+        """total [n] int64 += sum_i round(factors_i rows_i), rows [b, n] float32, factors [b, 1] float64.
+
+        fresh: nothing is in ``total`` yet.
+        """
+        columns = rows.shape[1]
+        step = _FRESH if fresh and self.device.type == "cpu" else max(1, columns)  # zeroed while it is in the cache
+        for start in range(0, columns, step):
+            part = slice(start, min(start + step, columns))
+            own = total[part].zero_() if fresh else total[part]
+            self.backend.clipped_sum_(own, rows[:, part], self.offsets(part.stop - start), factors)
 
     def add_at(self, total: Tensor, ids: Tensor, vectors: Tensor, factors: Tensor) -> None:
         """total [V, d] int64 at ids [b, T] += round(factors_i vectors_it), vectors [b, T, d] float32, factors [b]."""
-        own = self.backend if self.device.type == "cpu" else reference
+        own = self.backend if self.device.type == "cpu" else reference_weights
         own.clipped_index_sum_(total, ids, vectors, factors)
 
 
@@ -148,7 +157,8 @@ class WeightSink:
             )
         if self._workshop.twice and self.calls == 1:  # nothing is kept between the two backwards
             self._uses.append((use, _versions(use)))
-            self._squares = self.squares()
+            with full_precision():
+                self._squares = self.squares()
             self._uses.clear()
             self._tokens = None
             return
@@ -220,7 +230,10 @@ class WeightSink:
                 )
 
     def squares(self) -> Tensor:
-        """[B] float64: squared norms of the samples' gradients, or upper bounds of those of the rows to be summed."""
+        """[B] float64: squared norms of the samples' gradients, or upper bounds of those of the rows to be summed.
+
+        To be asked under ``full_precision``, as ``add_clipped``.
+        """
         if self._squares is not None:
             return self._squares
         if self._rows is not None:
@@ -235,34 +248,33 @@ class WeightSink:
             self._tokens = summed(uses)  # type: ignore[arg-type]
             _, vectors = self._tokens
             return self._workshop.squares(vectors.view(self.batch, -1))
-        with full_precision():
-            sizes: Tensor | None = None
-            if all(plan in ("ghost", "tokens") for plan in plans) and _of_one_kind(uses):
-                found, sizes = self._grams(uses)
-            else:
-                found = torch.zeros(self.batch, dtype=torch.float64, device=self._workshop.device)
-                for samples, _, rows in self._made():
-                    found[samples] += self._workshop.squares(rows)
-            if not self._workshop.twice:
-                self._note(uses, sum(torch.stack(use.sizes()) for use in uses) if sizes is None else sizes)
-            return self._bounded(found)
+        sizes: Tensor | None = None
+        if all(plan in ("ghost", "tokens") for plan in plans) and _of_one_kind(uses):
+            found, sizes = self._grams(uses)
+        else:
+            found = torch.zeros(self.batch, dtype=torch.float64, device=self._workshop.device)
+            for samples, _, rows in self._made():
+                found[samples] += self._workshop.squares(rows)
+        if not self._workshop.twice:
+            self._note(uses, sum(torch.stack(use.sizes()) for use in uses) if sizes is None else sizes)
+        return self._bounded(found)
 
     def _bounded(self, found: Tensor) -> Tensor:
         """Upper bounds of the squared norms of rows of all uses, of which ``found`` [B] is a computed one."""
         if self._exact or self._workshop.twice:  # no other rows will be made, or none that a bound could speak of
             return found
         assert self._sizes is not None
-        largest, lefts, rights = (self._sizes * _INFLATED).unbind(0)
-        error, terms = gamma(self._chain, 2.0**-24), self._terms
-        pairs = self._groups * terms * terms
-        room = gram_error(self.height, self.width, pairs, self._in_double(terms))
-        below = gram_floor(self.height, self.width, pairs, lefts, rights)
-        below = below + math.sqrt(self.height * self.width) * terms * 2.0**-125
-        # A Gram's element may leave float32 on either side though no length does: -inf is as little a norm as inf.
-        found = torch.where(found.isfinite(), found.clamp(min=0.0), math.inf)
-        norms = (found + room * largest.square()).sqrt() + 2.0 * (error * largest + below)
-        # No element of a row, and no partial sum of one, is larger than M: beyond float32 it counts as not finite.
-        squares: Tensor = torch.where(largest < 2.0**126, norms.square(), math.inf)
+        largest, lefts, rights = self._sizes.unbind(0)
+        terms, pairs = self._terms, self._groups * self._terms**2
+        room = gram_error(self.height, self.width, pairs, self._in_double(terms)) * _INFLATED**2
+        per_left, per_right, rest = gram_floor(self.height, self.width, pairs)
+        rest += math.sqrt(self.height * self.width) * terms * 2.0**-125
+        slack = largest * (2.0 * _INFLATED * gamma(self._chain, 2.0**-24)) + 2.0 * rest
+        slack.add_(lefts, alpha=2.0 * _INFLATED * per_left).add_(rights, alpha=2.0 * _INFLATED * per_right)
+        norms = found.clamp(min=0.0).addcmul_(largest, largest, value=room).sqrt_().add_(slack)
+        # A Gram's element may leave float32 on either side though no length does: -inf is as little a norm as inf. And
+        # no element of a row, and no partial sum of one, is larger than M: beyond float32 it counts as not finite.
+        squares: Tensor = torch.where((found.abs() < math.inf) & (largest < 2.0**125), norms.square_(), math.inf)
         return squares
 
     def _note(self, uses: Sequence[Use], sizes: Any) -> None:
@@ -299,13 +311,14 @@ class WeightSink:
         factor = factors[:, self.group : self.group + 1].contiguous()
         fused = len(self._uses) == 1 and self._weights is None and self._rows is None and self._tokens is None
         fused = fused and self._fused(self._uses[0][0])
-        if fresh and not fused:
+        kept = self._weights is None and self._rows is not None
+        if fresh and not fused and not kept:
             total.zero_()
         if self._weights is not None:
             if self._sum is not None:
                 total.add_((self._sum.double().reshape(-1) * GRID).add_(0.5).floor_().to(torch.int64))
         elif self._rows is not None:
-            self._workshop.add(total, self._rows, factor)
+            self._workshop.add(total, self._rows, factor, fresh)
         elif self._tokens is not None:
             ids, vectors = self._tokens
             step = max(1, self._workshop.at_once // max(1, vectors.shape[1] * vectors.shape[2]))
@@ -314,12 +327,10 @@ class WeightSink:
                 table = total.view(self.height, self.width)
                 self._workshop.add_at(table, ids[samples], vectors[samples], factor[samples, 0])
         elif fused:
-            with full_precision():
-                self._add_outer(total, factor[:, 0], fresh)
+            self._add_outer(total, factor[:, 0], fresh)
         elif self._uses:
-            with full_precision():
-                for samples, part, rows in self._made():
-                    self._workshop.add(total[part.start * self.width : part.stop * self.width], rows, factor[samples])
+            for samples, part, rows in self._made():
+                self._workshop.add(total[part.start * self.width : part.stop * self.width], rows, factor[samples])
         self.close()
 
     def _fused(self, use: Use) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dp_bitfit_kernels import backends, reference
+from dp_bitfit_kernels import backends, reference, reference_weights
 
 pytestmark = pytest.mark.skipif(backends.unavailable("native", "cpu") is not None, reason="no compiled backend")
 
@@ -47,7 +47,7 @@ def test_clipped_outer_sum(shape: tuple[int, int, int]) -> None:
     left, right, factors = whole(shape)
     before = torch.arange(shape[1] * shape[2])
     want = summed(left, right, factors)
-    for make in (native(), reference):
+    for make in (native(), reference_weights):
         for fresh in (False, True):
             total = before.clone()
             make.clipped_outer_sum_(total, left, right, factors, fresh)  # type: ignore[attr-defined]
@@ -162,7 +162,7 @@ def test_clipped_index_sum() -> None:
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for make in (native(), reference):
+        for make in (native(), reference_weights):
             total = torch.ones((9, 130), dtype=torch.int64)
             make.clipped_index_sum_(total, ids, vectors, factors)  # type: ignore[attr-defined]
             assert torch.equal(total, want)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dp_bitfit_kernels import backends, grams, reference
+from dp_bitfit_kernels import backends, grams, reference_weights
 
 pytestmark = pytest.mark.skipif(backends.unavailable("native", "cpu") is not None, reason="no compiled backend")
 
@@ -43,7 +43,7 @@ def test_ghost_squares(shape: tuple[int, int, int]) -> None:
     left, right = factors(3, steps, *widths)
     rows = torch.bmm(left.double().transpose(1, 2), right.double())
     want = rows.square().sum((1, 2))
-    ideal, ideal_sizes = reference.ghost_squares(left, right)
+    ideal, ideal_sizes = reference_weights.ghost_squares(left, right)
     torch.testing.assert_close(ideal, want)
     found, sizes = backends.serving("native", "cpu").ghost_squares(left, right)
     torch.testing.assert_close(sizes, ideal_sizes, rtol=1e-6, atol=0)
@@ -109,6 +109,6 @@ def test_each_width(isa: str, shape: tuple[int, int, int]) -> None:
     steps, *widths = shape
     left, right = factors(1, steps, *widths)
     found = internals.ghost_squares(isa, left.data_ptr(), right.data_ptr(), steps, *widths)
-    squares, sizes = reference.ghost_squares(left, right)
+    squares, sizes = reference_weights.ghost_squares(left, right)
     want = torch.cat([squares, sizes[:, 0]])
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), want, rtol=1e-5, atol=1e-6)

@@ -238,6 +238,21 @@ def test_pieces_make_the_same_sum(name, at_once):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (200, 500)], ids=str)
+def test_kept_rows_begin_a_sum_in_pieces(shape):
+    """A sum that is new is zeroed piece by piece, whatever its memory held, and no element is added to twice."""
+    torch.manual_seed(0)
+    use = Product(*(torch.randn(2, 4, n) for n in shape))
+    rows = use.rows(slice(0, 2), slice(0, shape[0])).flatten(1)
+    factors = torch.tensor([[3e3], [5e4]], dtype=torch.float64)
+    before = torch.arange(rows.shape[1])
+    want = (rows.double() * factors + 0.5).floor().to(torch.int64).sum(0)
+    for fresh in (False, True):
+        total = before.clone()
+        sink("mixed", shape, use, how="kept").add_clipped(total, factors, fresh)
+        assert torch.equal(total, want if fresh else want + before)
+
+
 def test_plans_go_by_shapes():
     window = Window((1, 1), (3, 3), (1, 1), 1)
     plans = {

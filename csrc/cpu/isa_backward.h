@@ -43,6 +43,8 @@ struct BackwardKernels {
   // dx of the group of `channels` rows of `steps` neighbours; weight [channels] or null; sums [channels] of grad
   void (*group_norm_group[3][kInputs])(const void* grad, const void* x, int64_t channels, int64_t steps,
                                        const NormRow& norm, const float* weight, float* sums, void* dx);
+  // out [count] = grad * (x - mean) / sqrt(var + eps), of one row; the mean is 0 where not centered
+  void (*normed_product[3])(const void* grad, const void* x, int64_t count, double eps, bool centered, float* out);
   // dx[i] = grad[i] * scale[i], one row
   void (*scale_by[3])(const void* grad, const float* scale, int64_t count, void* dx);
   // dx[i] = grad[i] * factor

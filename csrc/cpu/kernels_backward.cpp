@@ -48,6 +48,7 @@ const BackwardKernels backward_table = {
     {{group_norm_group<F, F>, group_norm_group<F, Int8>},
      {group_norm_group<B, B>, group_norm_group<B, Int8>},
      {group_norm_group<H, H>, group_norm_group<H, Int8>}},
+    {normed_product<F>, normed_product<B>, normed_product<H>},
     {scale_by<F>, scale_by<B>, scale_by<H>},
     {scale_all<F>, scale_all<B>, scale_all<H>},
     {add_rows<F>, add_rows<B>, add_rows<H>},

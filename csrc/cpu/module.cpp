@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_IMPL(dp_bitfit_kernels, CPU, m) {
   dpk::register_ops(m);
   dpk::register_backward_ops(m);
   m.impl("ghost_squares", TORCH_BOX(&dpk::ghost_squares));
+  m.impl("scale_grad", TORCH_BOX(&dpk::scale_grad));
   m.impl("clipped_index_sum_", TORCH_BOX(&dpk::clipped_index_sum_));
   m.impl("clipped_outer_sum_", TORCH_BOX(&dpk::clipped_outer_sum_));
 }

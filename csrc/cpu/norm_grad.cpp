@@ -61,6 +61,26 @@ std::tuple<Tensor, Tensor> group_norm_grad(const Tensor& grad, const Tensor& x, 
   return {dx, rows};
 }
 
+Tensor scale_grad(const Tensor& grad, const Tensor& x, double eps, bool centered) {
+  constexpr const char* op = "scale_grad";
+  check_reduced(op, grad, 1);
+  check_same_shape(op, x, grad);
+  check(x.scalar_type() == grad.scalar_type(), op, "x must be ", dtype_name(grad.scalar_type()), " as grad, not ",
+        dtype_name(x.scalar_type()));
+  check(eps >= 0.0, op, "eps must not be negative");
+  const int64_t width = grad.size(2), bytes = item_bytes(grad);
+  const Tensor rows = empty_rows(grad, 1);
+  const Tensor product = empty_beside(grad, {grad.size(0), grad.size(1), width}, ScalarType::Float);
+  const auto loop = kernels().backward->normed_product[type_number(grad)];
+  float* out = product.mutable_data_ptr<float>();
+  visit_rows(product, product, rows, 1, [&](int64_t first, int64_t count) {
+    for (int64_t at = first * width; at < (first + count) * width; at += width) {
+      loop(element(grad, bytes, at), element(x, bytes, at), width, eps, centered, out + at);
+    }
+  });
+  return rows;
+}
+
 std::tuple<Tensor, Tensor> affine_grad(const Tensor& grad, const Tensor& scale, int64_t reduce) {
   constexpr const char* op = "affine_grad";
   check_reduced(op, grad, reduce);

@@ -106,6 +106,50 @@ void layer_norm_row(const void* grad, const void* x, int64_t count, const NormRo
   }
 }
 
+// The sum of of(x) over `count` neighbours.
+template <class T, class Of>
+DPK_INLINE double sum_over(const typename T::Item* x, int64_t count, const Of& of) {
+  Sums sums = {};
+  int64_t i = 0;
+  while (i < count) {
+    const int64_t end = count - i < kMeanItems ? count : i + kMeanItems;
+    Lanes a[2] = {zero_lanes(), zero_lanes()};
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      a[0] = a[0] + of(T::load(x + i));
+      a[1] = a[1] + of(T::load(x + i + kLanes));
+    }
+    if (i + kLanes <= end) a[0] = a[0] + of(T::load(x + i)), i += kLanes;
+    if (i < end) a[1] = a[1] + keep_first(of(load_some<T>(x + i, end - i)), end - i), i = end;
+    add_lanes(sums, a[0], a[1]);
+  }
+  return sums.grad + sums.product;
+}
+
+// out = grad * n of one row, n = (x - mean) / sqrt(var + eps); where not centered, with 0 for the mean. The row is read
+// three times, from the cache after the first.
+template <class T>
+void normed_product(const void* from, const void* at, int64_t count, double eps, bool centered, float* out) {
+  const auto* grad = static_cast<const typename T::Item*>(from);
+  const auto* x = static_cast<const typename T::Item*>(at);
+  const auto itself = [](const Lanes& x) __attribute__((always_inline)) { return x; };
+  const float mean = centered ? float(sum_over<T>(x, count, itself) / double(count)) : 0.0f;
+  const auto square = [&](const Lanes& x) __attribute__((always_inline)) {
+    const Lanes off = x - mean;
+    return off * off;
+  };
+  const double variance = sum_over<T>(x, count, square) / double(count);
+  const float rstd = float(1.0 / __builtin_sqrt(variance + eps));
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Float32::store(out + i, T::load(grad + i) * ((T::load(x + i) - mean) * rstd));
+  }
+  if (i < count) {
+    const int64_t rest = count - i;
+    const Lanes n = (load_some<T>(x + i, rest) - mean) * rstd;
+    store_some<PlainFloat32>(out + i, load_some<T>(grad + i, rest) * n, rest);
+  }
+}
+
 template <class T, class X>
 void group_norm_group(const void* from, const void* at, int64_t channels, int64_t steps, const NormRow& norm,
                       const float* weight, float* rows, void* to) {

@@ -54,6 +54,10 @@ void define_backward_loops(py::module_& m) {
                           int64_t count, Address levels, Address dx) {
     named(isa).level_scale[type](at(grad), at<uint8_t>(planes), stride, first, count, at<float>(levels), at(dx));
   });
+  m.def("normed_product", [](Name isa, int type, Address grad, Address x, int64_t count, double eps, bool centered,
+                             Address out) {
+    named(isa).normed_product[type](at(grad), at(x), count, eps, centered, at<float>(out));
+  });
   m.def("quantize_row", [](Name isa, int type, Address x, int64_t count, float mean, float rstd, Address codes) {
     return named(isa).quantize_row[type](at(x), count, mean, rstd, at<int8_t>(codes));
   });

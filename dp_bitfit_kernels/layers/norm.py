@@ -27,12 +27,18 @@ class _NormLayer(BiasLayer):
             bias is None or not bias.requires_grad or "bias" in self.trained
         )
 
-    def scaled(self, output: Tensor, input: Tensor, normed: Callable[[Tensor], Tensor]) -> Tensor:
-        """``output``, whose gradient also gives the scale its rows. normed: the norm without scale and shift."""
+    def scaled(
+        self,
+        output: Tensor,
+        input: Tensor,
+        normed: Callable[[Tensor], Tensor],
+        over_last: tuple[float, bool] | None = None,
+    ) -> Tensor:
+        """``output``, whose gradient also gives the scale its rows: see ``ScaleGradFunction``."""
         if not self.private_weight or not self.recording():
             return output
         self.check_rows(output)
-        arguments = (normed, self.channels_first, self.kind, self.layer_name, self.backend)
+        arguments = (normed, over_last, self.channels_first, self.kind, self.layer_name, self.backend)
         return apply(ScaleGradFunction, output, input.detach(), self.weight_rows, *arguments)
 
 
@@ -59,7 +65,8 @@ class LayerNormLayer(_NormLayer):
                 self.backend,
             )
             output = self.through(LayerNormFunction, input, *arguments)
-        return self.scaled(output, input, partial(F.layer_norm, normalized_shape=shape, eps=self.eps))
+        normed = partial(F.layer_norm, normalized_shape=shape, eps=self.eps)
+        return self.scaled(output, input, normed, (self.eps, True))
 
 
 class GroupNormLayer(_NormLayer):
@@ -111,7 +118,8 @@ class RMSNormLayer(_NormLayer):
         if x.dim() <= len(shape) and self.unbatched():
             return nn.RMSNorm.forward(self, x)  # type: ignore[arg-type]
         output = F.rms_norm(x, shape, self.plain_weight(), self.eps)
-        return self.scaled(output, x, partial(F.rms_norm, normalized_shape=shape, eps=self.eps))
+        normed = partial(F.rms_norm, normalized_shape=shape, eps=self.eps)
+        return self.scaled(output, x, normed, None if self.eps is None else (self.eps, False))
 
 
 def _needs_statistics(module: nn.Module) -> str | None:
