@@ -203,7 +203,7 @@ class Convolution:
             if flat:
                 torch.mm(one.reshape(p, -1), self._unfolded(of)[0, :, : self.terms].t(), out=rows[i])
             else:
-                rows[i] = self._weight_grad(one, of, shape, groups).view(p, -1)
+                rows[i] = self._weight_grad(one, of, shape, groups).reshape(p, -1)
         return rows[:, part].float()
 
     def _unfolded(self, input: Tensor) -> Tensor:

@@ -253,6 +253,18 @@ def test_kept_rows_begin_a_sum_in_pieces(shape):
         assert torch.equal(total, want if fresh else want + before)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_of_images_with_channels_last(groups):
+    """However images lie in memory; larger ones, which go through the library one at a time, too."""
+    window, generator = Window((1, 1), (1, 1), (1, 1), groups), torch.Generator().manual_seed(0)
+    for height, depth, side in ((6, 4, 3), (260, 40 * groups, 6), (16, 16, 40)):
+        grad, x = (torch.randn(2, n, side, side, generator=generator) for n in (height, depth))
+        want = Convolution(grad, x, window, (3, 3)).rows(slice(0, 2), slice(0, height))
+        turned = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+        found = Convolution(*turned, window, (3, 3)).rows(slice(0, 2), slice(0, height))
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-3)
+
+
 def test_plans_go_by_shapes():
     window = Window((1, 1), (3, 3), (1, 1), 1)
     plans = {
