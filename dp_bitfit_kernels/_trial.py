@@ -52,6 +52,10 @@ def python_generators_kept() -> Iterator[None]:
         np.random.set_state(of_numpy)  # noqa: NPY002
 
 
+_TRIES = 128  # runs to find samples by
+_FAR = 1e3  # times the usual size
+
+
 @dataclasses.dataclass
 class Trial:
     """Runs the model on rows of its inputs; generators, buffers and attributes are as before afterwards."""
@@ -227,6 +231,52 @@ class Trial:
         for place, tensor in enumerate(tensors_in((self.args, self.kwargs))):
             if place not in self.shared and tensor.dim() > 0 and tensor.shape[0] == self.batch:
                 yield tensor
+
+    def of_usual(self) -> Trial:
+        """The same without samples that are not finite where most are, or far larger: others stand in their places.
+
+        What is no number is like anything, and beside a huge number all others are alike: it would hide which rows are
+        a sample's, and that samples mix.
+        """
+        odd = torch.zeros(self.batch, dtype=torch.bool)
+        for tensor in self.of_samples():
+            if tensor.is_floating_point() and tensor.numel():
+                flat = tensor.detach().reshape(self.batch, -1)
+                finite = flat.isfinite()
+                sizes = torch.where(finite, flat, 0.0).abs().amax(1).double().cpu()
+                strange = ~finite.all(1).cpu()
+                if 2 * int(strange.sum()) <= self.batch:
+                    odd |= strange
+                if bool((sizes > 0).any()):
+                    odd |= sizes > _FAR * sizes[sizes > 0].median()
+        return self._of([i for i in range(self.batch) if not odd[i]])
+
+    def of_finite(self) -> Trial | None:
+        """The same without samples in which layers give what is no number; None where there are no others, or none are
+        found soon."""
+        tries = itertools.count()
+
+        def finite(rows: list[int]) -> list[int]:
+            if next(tries) >= _TRIES:
+                return []
+            try:
+                seen = self.run([rows[i % len(rows)] for i in range(self.batch + 1)]).seen
+            except FAILURES:
+                return []
+            if all(call.finite for call in seen):
+                return rows
+            half = len(rows) // 2
+            return finite(rows[:half]) + finite(rows[half:]) if half else []
+
+        found = finite([*range(self.batch)])
+        return self._of(found) if found else None
+
+    def _of(self, found: list[int]) -> Trial:
+        """With these rows in the places of all others."""
+        if not 0 < len(found) < self.batch:
+            return self
+        args, kwargs = self.chosen([i if i in found else found[i % len(found)] for i in range(self.batch)])
+        return dataclasses.replace(self, args=args, kwargs=kwargs, _copies={}, _sizes=set())
 
     @functools.cached_property
     def half(self) -> bool:

@@ -84,7 +84,12 @@ def _shows(first: Tensor, last: Tensor, kept: slice) -> bool:
     """Whether the added part, the one outside ``kept``, differs."""
     outside = torch.ones(len(first), dtype=torch.bool, device=first.device)
     outside[kept] = False
-    return not same(first[outside], last[outside], 0.0)
+    return not _same_parts(first[outside], last[outside], 0.0)
+
+
+def _same_parts(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """As ``same``, and what is no number in one is none in the other: else a NaN would pass for any number."""
+    return bool(torch.equal(a.isfinite(), b.isfinite())) and same(a, b, tolerance)
 
 
 @dataclasses.dataclass
@@ -97,6 +102,10 @@ class Seen:
     digests: dict[tuple[str, int], Tensor]  # (kind, rows of a sample) -> [n] float64
     whole: Tensor | None = None  # [1] float64, of a layer whose output the samples may share
     given: list[dict[tuple[str, int], Tensor]] = dataclasses.field(default_factory=list)
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(digest.isfinite().all()) for digest in self.digests.values())
 
     @staticmethod
     def of(layer: BiasLayer, given: Any, output: Tensor, samples: int) -> Seen:
@@ -205,7 +214,7 @@ def _held(way: tuple[str, int], own: Sequence[tuple[Seen, Seen]], pairs: Sequenc
         for x, y in zip(a.given, b.given, strict=False)
         if way in x and way in y
     ]
-    if not all(same(a[kept], b[kept], TOLERANCE) for a, b, kept in digests + given):
+    if not all(_same_parts(a[kept], b[kept], TOLERANCE) for a, b, kept in digests + given):
         return False
     return way == (MAJOR, 1) or any(_shows(a, b, kept) for a, b, kept in digests)
 

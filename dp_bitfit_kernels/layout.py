@@ -28,6 +28,10 @@ from .layers.own_forward import OwnForwardLayer
 from .layers.spread import SpreadLayer
 
 
+class NoNumbers(BatchLayoutError):
+    """No sample of the batch gives numbers in all layers: what the layers hold cannot be told."""
+
+
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """Every module once, breadth first: what ``model.modules()`` gives, in a third of the time. Asked twice a step."""
     found, seen = [model], {model}
@@ -79,7 +83,8 @@ def batch_of(args: Any, kwargs: Any) -> int:
 class Proof:
     """What the runs of one batch proved.
 
-    complete: False where all samples are alike and cannot be changed, so that not everything could be asked.
+    complete: False where all samples are alike and cannot be changed, or give no numbers, so that not everything could
+        be asked.
     """
 
     complete: bool
@@ -128,6 +133,7 @@ def prove(
     batch: int,
     layers: list[BiasLayer],
     shared_inputs: frozenset[int] = frozenset(),
+    known: bool = False,
 ) -> Proof:
     """Run ``model`` four times on B + 1 rows, without gradients, and see where each converted layer holds the samples.
 
@@ -136,18 +142,19 @@ def prove(
     B + 1 samples; and neither the outputs of the B samples, of the layers or of the model, nor a buffer may notice what
     the added row holds. A loss that the model returns must be a sum or a mean over samples. Where layers are run one
     sample at a time, a fifth run on the B samples tells which dimensions of their inputs and outputs follow.
-    The generators' state, the buffers and what modules hold besides are as before afterwards.
+    The generators' state, the buffers and what modules hold besides are as before afterwards. Samples that are not
+    finite somewhere, or huge, are replaced by others, so that none of them hides the layout.
 
+    known: whether there is a proof of such a call already, so that a batch without numbers is better not asked.
     shared_inputs: places among the tensors given of what all samples share, though its leading size may now be B.
 
     Raises:
+        NoNumbers: there is no sample that is finite everywhere.
         BatchLayoutError: naming the layer whose output does not follow the batch or whose rows are not the samples, or
             saying that the model mixes samples, or that it cannot be run with one more row.
     """
     spread: set[BiasLayer] = {m for m in layers if isinstance(m, SpreadLayer) and m.trained}
-    trial = Trial(model, args, kwargs, batch, layers, spread, shared_inputs)
-    other = another_row(trial)
-    added = (0,) if other is None else (0, other, MIXED) if other >= 0 else (0, other)
+    trial = Trial(model, args, kwargs, batch, layers, spread, shared_inputs).of_usual()
     samples, sums = range(batch), trial.sums()
     alone = any(isinstance(layer, OneByOneLayer) for layer in layers)
 
@@ -166,7 +173,15 @@ def prove(
         pairs += [(a, ahead[-1], slice(1, batch + 1)) for a in ahead[:1]]
         return behind, pairs, same
 
+    other, added = _added(trial)
     behind, pairs, same = runs()
+    numbers = all(call.finite for call in behind[0].seen)
+    if not numbers and (finite := trial.of_finite()) is not None:
+        trial, numbers = finite, True
+        other, added = _added(trial)
+        behind, pairs, same = runs()
+    if not numbers and known:
+        raise NoNumbers("no sample of this batch gives finite numbers in all layers")
     shared: set[BiasLayer] = set()
     if any(seen.whole is not None for seen in behind[0].seen):
         fewer = trial.run([*samples]).seen
@@ -175,7 +190,19 @@ def prove(
         trial.spread |= shared
         behind, pairs, same = runs()
     shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
-    arrangements = evidence.arrangements([(a.seen, b.seen, kept) for a, b, kept in pairs], batch, shapes)
+    try:
+        arrangements = evidence.arrangements([(a.seen, b.seen, kept) for a, b, kept in pairs], batch, shapes)
+    except BatchLayoutError as error:
+        if numbers:
+            raise
+        raise NoNumbers(f"no sample of this batch gives finite numbers in all layers, so that {error}") from error
+    if not numbers and any(found is not PLAIN for found in arrangements.values()):
+        layer = next(layer for layer, found in arrangements.items() if found is not PLAIN)
+        raise NoNumbers(
+            "no sample of this batch gives finite numbers in all layers, so that the rows of a sample are not known in "
+            f"layer {layer.layer_name!r}. Begin with a batch of ordinary samples",
+            [layer],
+        )
     called: list[evidence.Pair] = [(a.called, b.called, kept) for a, b, kept in pairs]
     calls = evidence.calls(called, same.called if same else [], batch, shapes)
     if calls:
@@ -205,7 +232,13 @@ def prove(
     if trial.spread:
         _require_copies_apart(trial, arrangements)
     tried = [layer for layer in arrangements if isinstance(layer, OwnForwardLayer)]
-    return Proof(other is not None, arrangements, calls, tried, shared)
+    return Proof(other is not None and numbers, arrangements, calls, tried, shared)
+
+
+def _added(trial: Trial) -> tuple[int | None, tuple[int, ...]]:
+    """A row unlike the first, and the rows that are added, one in each run."""
+    other = another_row(trial)
+    return other, (0,) if other is None else (0, other, MIXED) if other >= 0 else (0, other)
 
 
 def _require_copies_apart(trial: Trial, arrangements: dict[BiasLayer, Arrangement]) -> None:

@@ -98,7 +98,14 @@ class Proofs:
             self._warn("no tensor input of the model has the batch as its leading dimension")
             return
         modes = self.modes()
-        proof = layout.prove(self.model, args, kwargs, batch, self.layers, self._learn(args, kwargs, batch))
+        shared, earlier = self._learn(args, kwargs, batch), self._of((args, kwargs))
+        try:
+            proof = layout.prove(self.model, args, kwargs, batch, self.layers, shared, earlier is not None)
+        except layout.NoNumbers:
+            if earlier is None:
+                raise
+            self._apply(earlier)
+            return
         unlike = proof.unlike_before() if late else []
         self._apply(proof)
         if unlike:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from attach import SequenceFirst, attach, private
-from layouts import LAYOUTS, WIDTH, FlatTokens, Windows
+from layouts import LAYOUTS, WIDTH, FlatTokens, WindowMajor, Windows
 from oracle import rows as oracle_rows
 from torch import Tensor, nn
 
@@ -354,3 +356,83 @@ def test_mixing_through_one_input_alone_is_seen(place: int) -> None:
     _, model, _, _ = attach(dpk.convert_model(ByMask()), torch.randn(4, 1), poisson_sampling=False)
     with pytest.raises(BatchLayoutError, match="changes with another"):
         model(**batch)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38, 1e12])
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_sample_that_is_not_finite_hides_no_layout(name: str, place: int, value: float) -> None:
+    """Wherever it is among the samples, and where it overflows within the model only: the rows of others are theirs."""
+    model, x = converted(name)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    want = oracle_rows(model, names, x, loss_of)
+    spoilt = x.clone()
+    spoilt[place].view(-1)[WIDTH // 2] = value
+    found = released_rows(model, spoilt)
+    others = [i for i in range(len(x)) if i != place]
+    torch.testing.assert_close(found[others], want[others], rtol=1e-4, atol=ATOL)
+    assert float(found[place].norm()) <= BOUND
+    if math.isnan(value):  # tanh makes a number of an infinity
+        assert not found[place].any()
+
+
+@pytest.mark.parametrize("make, kind", [(WindowMajor, "inner"), (FlatTokens, "major"), (SequenceFirst, "second")])
+def test_no_choice_of_odd_tokens_makes_another_layout(make: type[nn.Module], kind: str) -> None:
+    """Two samples of two tokens, each of which may be a NaN: what is no number must not pass for what it should be."""
+    from probe import Probe
+
+    torch.manual_seed(0)
+    for odd in itertools.product((False, True), repeat=4):
+        width = 6 if make is SequenceFirst else WIDTH
+        model, x = dpk.convert_model(make()), torch.randn(2, 2, width)
+        x[torch.tensor(odd).view(2, 2)] = math.nan
+        probe = Probe(model, bound=BOUND, expected=1.0)
+        if torch.tensor(odd).view(2, 2).any(1).all():  # no sample is left to ask
+            with pytest.raises(BatchLayoutError, match="no sample of this batch gives finite numbers"):
+                probe.step(x, loss_of)
+            continue
+        probe.step(x, loss_of)
+        inner = next(m for m in model.modules() if isinstance(m, layers.BiasLayer))
+        assert inner.arrangement.kind == kind and (kind != "major" or inner.arrangement.folds == {2}), odd
+
+
+def test_a_sample_that_overflows_within_the_model_hides_nothing() -> None:
+    """Its input is an ordinary number; what the layer is given is not."""
+    from probe import Probe
+
+    class Grown(WindowMajor):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((40.0 * x).exp())
+
+    for odd in itertools.product((False, True), repeat=6):
+        large = torch.tensor(odd).view(3, 2)  # samples, tokens
+        if large.any(1).all():
+            continue
+        torch.manual_seed(0)
+        model, x = dpk.convert_model(Grown()), 0.01 * torch.randn(3, 2, WIDTH)
+        x[large] = 3.0
+        Probe(model, bound=BOUND, expected=1.0).step(x, loss_of)
+        assert model.inner.arrangement.kind == "inner", odd
+
+
+def test_a_batch_without_numbers_goes_by_what_was_proven() -> None:
+    from probe import Probe
+
+    torch.manual_seed(0)
+    model, x = dpk.convert_model(SequenceFirst()), torch.randn(3, 4, 6)
+    probe = Probe(model, bound=BOUND, expected=1.0)
+    assert probe.step(x, loss_of).any()
+    assert not probe.step(torch.full_like(x, math.nan), loss_of).any()  # the second batch is asked again
+    assert model.inner.arrangement.kind == "second"
+
+
+def test_a_batch_without_numbers_proves_nothing_of_others() -> None:
+    """Leading sizes that follow the batch are taken for that batch alone; it is asked again."""
+    from probe import Probe
+
+    torch.manual_seed(0)
+    model = dpk.convert_model(nn.Sequential(nn.Linear(6, 3), nn.Tanh()))
+    probe = Probe(model, bound=BOUND, expected=1.0)
+    proofs = probe.session.proofs
+    assert not probe.step(torch.full((3, 6), math.nan), loss_of).any() and not proofs.settled
+    assert probe.step(torch.randn(3, 6), loss_of).any() and proofs.settled

@@ -109,7 +109,7 @@ SENSITIVITY = (
     Sabotage(
         "a wrong leading dimension passes",
         "evidence.py",
-        "    if not all(same(a[kept], b[kept], TOLERANCE) for a, b, kept in digests + given):\n",
+        "    if not all(_same_parts(a[kept], b[kept], TOLERANCE) for a, b, kept in digests + given):\n",
         "    if False:\n",
         (f"{ENGINE}::test_wrong_layout_refused_by_name",),
     ),

@@ -225,6 +225,27 @@ WEIGHTS_ = (
         (f"{STEP}[0.05-norms-mixed-book_keeping]",),
     ),
     Sabotage(
+        "a huge sample hides the layout",
+        "layout.py",
+        "shared_inputs).of_usual()",
+        "shared_inputs)",
+        ("test_layouts.py::test_a_sample_that_is_not_finite_hides_no_layout",),
+    ),
+    Sabotage(
+        "what is no number within the model passes for anything",
+        "layout.py",
+        "    numbers = all(call.finite for call in behind[0].seen)\n",
+        "    numbers = True\n",
+        ("test_layouts.py::test_a_sample_that_overflows_within_the_model_hides_nothing",),
+    ),
+    Sabotage(
+        "a batch without numbers is believed",
+        "layout.py",
+        "    if not numbers and known:\n",
+        "    if False:\n",
+        ("test_layouts.py::test_a_batch_without_numbers_goes_by_what_was_proven",),
+    ),
+    Sabotage(
         "the scale of an RMSNorm is taken for a LayerNorm's",
         "layers/norm.py",
         "None if self.eps is None else (self.eps, False)",
