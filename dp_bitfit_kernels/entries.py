@@ -30,8 +30,8 @@ class Entry:
     @property
     def still(self) -> slice:
         """Columns that a release leaves as they are."""
-        layer, own = self.layers[0]
-        start, stop = layer.still.get(own, (0, 0))
+        several = {layer.stays(own) for layer, own in self.layers}
+        start, stop = several.pop() if len(several) == 1 else (0, 0)
         return slice(self.start + start, self.start + stop)
 
 

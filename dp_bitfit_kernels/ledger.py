@@ -102,7 +102,8 @@ class Ledger:
         self.total = torch.zeros(self.row_width, dtype=torch.int64, device=self.device)
         self._sums: list[Tensor | None] = [None] * len(self.sunk)  # of the others, where the draw has some
         self._keep_sums = False
-        self._still = self._find_still()
+        # Elements whose release is dropped. Which they are depends on no data, so that nothing is spent.
+        self._still = [entry.still for entry in self.entries if entry.still.stop > entry.still.start]
         self.privacy_statement: object = None
         offsets, self._groups = grouped(self.entries, plan)
         self._offsets = torch.tensor(offsets, dtype=torch.int64, device=self.device)
@@ -124,13 +125,6 @@ class Ledger:
         for layer in self.layers:
             layer.attachment = self
 
-    def _find_still(self) -> Tensor | None:
-        """[P] bool: elements whose release is dropped. Which they are depends on no data, so that nothing is spent."""
-        mask = torch.zeros(self.width, dtype=torch.bool, device=self.device)
-        for entry in self.entries:
-            mask[entry.still] = True
-        return mask if any(entry.still.stop > entry.still.start for entry in self.entries) else None
-
     def release(self, key: Tensor, step: Tensor, stream: int, noise_std: float, scale: float) -> Tensor:
         """Noise on the sum of the draw, which is then forgotten -> [P] float32: scale * (S + round(noise_std z)).
 
@@ -143,7 +137,9 @@ class Ledger:
             part = release[first : first + len(total)]
             self.backend.noisy_sum_(part, total, *arguments, first, noise_std, scale)
         self.forget()
-        return release if self._still is None else release.masked_fill_(self._still, 0.0)
+        for still in self._still:
+            release[still].zero_()
+        return release
 
     def _parts(self) -> Iterator[tuple[int, Tensor]]:
         """The integer sum of the draw by parts: the first of their elements, and the part [n] int64."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ def total_epochs(phases: Sequence[Phase]) -> int:
 
 def _positive(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    return number and 0 < value <= sys.float_info.max
 
 
 class Course:

@@ -250,3 +250,29 @@ def test_models_in_half_precision(name, dtype, no_rows):
     one = [oracle.rows(probe.model, probe.names, x[i : i + 1], partial(loss, y=y[i : i + 1])) for i in range(6)]
     want = oracle.clipped_sum(torch.cat(one), 0.1)
     assert (got - want).norm() <= 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("vocabulary", [9, 400])
+@pytest.mark.parametrize("tied", [False, True])
+def test_noise_leaves_the_row_of_padding(tied: bool, vocabulary: int) -> None:
+    """It gets no gradient, so noise would be all that moves it; as a row of the head, too, it is trained."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(vocabulary, 64, padding_idx=3)
+            self.head = nn.Linear(64, vocabulary, bias=False)
+            if tied:
+                self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.head(torch.tanh(self.table(ids)).mean(1))
+            return out
+
+    torch.manual_seed(0)
+    model = dpk.convert_model(Padded(), **dpk.presets.full())
+    probe = Probe(model, sigma=1.0, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    before = model.table.weight.detach().clone()
+    probe.part(torch.randint(0, 9, (4, 5)), lambda y: y.square().flatten(1).sum(1).mean(), None, 0, 1)
+    moved = (model.table.weight.detach() - before).abs().amax(1) > 0
+    assert moved[torch.arange(vocabulary) != 3].all() and bool(moved[3]) == tied

@@ -129,6 +129,10 @@ class BiasLayer(ConvertedLayer):
     def has_leaves(self) -> bool:
         return self.open_batch() is not None
 
+    def stays(self, own: str) -> tuple[int, int]:
+        """(start, stop), the elements of this parameter that a release leaves as they are."""
+        return self.still.get(own, (0, 0))
+
     def open_batch(self) -> int | None:
         """Samples of the open batch; None while there is none."""
         for rows in (self.bias_rows, self.weight_rows):

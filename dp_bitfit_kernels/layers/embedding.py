@@ -19,12 +19,19 @@ from .spread import Copies
 class EmbeddingLayer(BiasLayer):
     """y [B, ..., d], the rows of W [V, d] that the tokens [B, ...] number.
 
-    The gradient of a sample is one vector for each token that it has. ``padding_idx`` gets none, as in PyTorch.
+    The gradient of a sample is one vector for each token that it has. ``padding_idx`` gets none, as in PyTorch, nor
+    noise, where no other layer has the weight.
     """
 
     sinkable = frozenset({"weight"})
     same_for_all = False  # whether its tokens are the same for all samples: positions, [1, T] or [T]
     trial_copies: Copies | None = None
+
+    def stays(self, own: str) -> tuple[int, int]:
+        m: Any = self
+        if own != "weight" or m.padding_idx is None:
+            return super().stays(own)
+        return m.padding_idx * m.embedding_dim, (m.padding_idx + 1) * m.embedding_dim
 
     def forward(self, input: Tensor) -> Any:
         if self.trial_copies is not None:

@@ -66,7 +66,7 @@ class LayerNormLayer(_NormLayer):
             )
             output = self.through(LayerNormFunction, input, *arguments)
         normed = partial(F.layer_norm, normalized_shape=shape, eps=self.eps)
-        return self.scaled(output, input, normed, (self.eps, True))
+        return self.scaled(output, input, normed, (self.eps, True) if self.eps >= 0.0 else None)
 
 
 class GroupNormLayer(_NormLayer):
@@ -119,7 +119,7 @@ class RMSNormLayer(_NormLayer):
             return nn.RMSNorm.forward(self, x)  # type: ignore[arg-type]
         output = F.rms_norm(x, shape, self.plain_weight(), self.eps)
         normed = partial(F.rms_norm, normalized_shape=shape, eps=self.eps)
-        return self.scaled(output, x, normed, None if self.eps is None else (self.eps, False))
+        return self.scaled(output, x, normed, (self.eps, False) if self.eps is not None and self.eps >= 0.0 else None)
 
 
 def _needs_statistics(module: nn.Module) -> str | None:

@@ -122,8 +122,8 @@ NOISE = (
     Sabotage(
         "a released sum is released again",
         "ledger.py",
-        "        self.forget()\n        return release",
-        "        return release",
+        "        self.forget()\n        for still",
+        "        for still",
         (f"{RESUME}::test_a_released_sum_is_gone",),
     ),
     Sabotage(

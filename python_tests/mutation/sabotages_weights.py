@@ -225,6 +225,20 @@ WEIGHTS_ = (
         (f"{STEP}[0.05-norms-mixed-book_keeping]",),
     ),
     Sabotage(
+        "noise moves the row of padding",
+        "ledger.py",
+        "            release[still].zero_()\n",
+        "            pass\n",
+        (f"{WEIGHTS}::test_noise_leaves_the_row_of_padding",),
+    ),
+    Sabotage(
+        "a tied row of padding is not trained",
+        "entries.py",
+        "several.pop() if len(several) == 1 else (0, 0)",
+        "max(several)",
+        (f"{WEIGHTS}::test_noise_leaves_the_row_of_padding",),
+    ),
+    Sabotage(
         "a huge sample hides the layout",
         "layout.py",
         "shared_inputs).of_usual()",
@@ -248,8 +262,8 @@ WEIGHTS_ = (
     Sabotage(
         "the scale of an RMSNorm is taken for a LayerNorm's",
         "layers/norm.py",
-        "None if self.eps is None else (self.eps, False)",
-        "None if self.eps is None else (self.eps, True)",
+        "(self.eps, False) if self.eps",
+        "(self.eps, True) if self.eps",
         ("test_scale_grad.py::test_rows_of_layers",),
     ),
     Sabotage(
