@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -50,6 +51,11 @@ def python_generators_kept() -> Iterator[None]:
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled models run as they were written: else the hooks of a trial would be compiled along."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 _TRIES = 128  # runs to find samples by
@@ -156,6 +162,7 @@ class Trial:
                 torch.no_grad(),
                 torch.random.fork_rng(devices=self.devices),
                 python_generators_kept(),
+                _eager(),
                 Widened(exact) if wide and exact is not None else nullcontext(),
                 nullcontext() if same_draws is None else same_draws(),
             ):

@@ -115,3 +115,31 @@ def test_a_compiled_model_in_a_captured_step() -> None:
         assert step.captured == captured
         outcomes.append(flat(model))
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-6)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, 6]
+        y: torch.Tensor = self.head(self.norm(torch.tanh(self.inner(x.transpose(0, 1))))).mean(0)
+        return y
+
+
+@pytest.mark.parametrize("make", [SequenceFirst, small_model])
+def test_a_model_that_was_compiled_before_it_was_made_private(make: Any) -> None:
+    """The proof of its layout runs it as it was written, so that no hook of the proof is compiled along."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = dpk.convert_model(make(), train_modules=("*",) if make is SequenceFirst else ())
+        x, labels = torch.randn(6, 5, 6) if make is SequenceFirst else torch.randn(6, 6), torch.arange(6) % 3
+        whole = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        _, private, optimizer, loader = attach(whole, x, labels, lr=0.1)
+        for _ in range(3):
+            for batch, own in loader:
+                F.cross_entropy(private(batch), own).backward()
+                assert optimizer.step()
+        found.append(flat(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
