@@ -276,3 +276,12 @@ def test_noise_leaves_the_row_of_padding(tied: bool, vocabulary: int) -> None:
     probe.part(torch.randint(0, 9, (4, 5)), lambda y: y.square().flatten(1).sum(1).mean(), None, 0, 1)
     moved = (model.table.weight.detach() - before).abs().amax(1) > 0
     assert moved[torch.arange(vocabulary) != 3].all() and bool(moved[3]) == tied
+
+
+def test_padding_counts_in_no_norm() -> None:
+    """Nor does it take room from other tokens: a bound of the norm of the others' gradient leaves them as they are."""
+    torch.manual_seed(0)
+    model = dpk.convert_model(nn.Sequential(nn.Embedding(9, 4, padding_idx=3)), **dpk.presets.full())
+    probe = Probe(model, bound=2.0)
+    total = probe.step(torch.tensor([[3, 5, 3, 3]]), lambda y: y.sum()).view(9, 4)
+    assert total[5].double().square().sum().sqrt() / GRID > 0.99 and not total[3].any()

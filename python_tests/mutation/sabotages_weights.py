@@ -116,7 +116,7 @@ WEIGHTS_ = (
         "layers/embedding.py",
         "    if padding is not None:\n        grad",
         "    if False:\n        grad",
-        (f"{STEP}[0.05-padding-mixed-book_keeping]",),
+        (f"{WEIGHTS}::test_padding_counts_in_no_norm",),
     ),
     Sabotage(
         "a sum of a dropped draw stays in the weights",
